@@ -1,0 +1,1 @@
+"""The command line: arguments in, calls out, a file per group of commands."""

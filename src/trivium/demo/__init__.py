@@ -1,0 +1,1 @@
+"""The embedded demo: a small story world and the recipe that learns it."""

@@ -1,0 +1,75 @@
+"""Everything that a user can be told went wrong, in one tree.
+
+    UserError               what happened, and where; what to do about it           exit code
+    ├── RecipeError         the recipe: a key, a value, a contradiction             2
+    ├── DataError           the data: a file, a row, nothing to learn from          2
+    ├── ModelError          a model, tokenizer, template or adapter folder          2
+    ├── DiskError           no room, no permission, not writable                    3
+    ├── NonFiniteError      a loss or gradient that is not a number                 5
+    └── Interrupted         stopped by a person or the system; run again            75
+
+A user's mistake gets a UserError: one line of what and where, one line of remedy, never a traceback.
+Our own mistake is an ``assert`` with a message, ends in a traceback and exit code 1.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend. ``what`` says what was got and where, ``remedy`` what to do."""
+
+    exit_code = 2
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(what, remedy)
+        self.what = what
+        self.remedy = remedy
+
+    def __str__(self) -> str:
+        return f"{self.what}\n  {self.remedy}"
+
+
+class RecipeError(UserError):
+    """The recipe names something that is not there, or contradicts itself."""
+
+
+class DataError(UserError):
+    """A data file or row cannot be used, or leaves nothing to learn."""
+
+
+class ModelError(UserError):
+    """A model, tokenizer, chat template or adapter folder cannot be used."""
+
+
+class DiskError(UserError):
+    """Something durable could not be written."""
+
+    exit_code = 3
+
+
+class NonFiniteError(UserError):
+    """A loss or gradient was NaN or infinite; no weight was touched."""
+
+    exit_code = 5
+
+
+class Interrupted(UserError):
+    """Stopped before the end; the same command goes on."""
+
+    exit_code = 75
+
+
+def nearest(name: str, names: Iterable[str]) -> str:
+    """``"; did you mean 'x'?"`` when one of ``names`` is close to ``name``, else ``""``."""
+    found = difflib.get_close_matches(name, list(names), n=1, cutoff=0.6)
+    return f"; did you mean '{found[0]}'?" if found else ""
+
+
+def listed(names: Iterable[str], most: int = 12) -> str:
+    """The names there are, for an error line: ``a, b, c`` and how many were left out."""
+    names = sorted(names)
+    more = f", ... ({len(names) - most} more)" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

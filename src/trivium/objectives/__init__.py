@@ -1,0 +1,1 @@
+"""Objectives: pure functions of per-token log-probabilities, one family a file."""
