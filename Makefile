@@ -1,0 +1,43 @@
+# make demo      a story model from nothing through all three steps, on a CPU
+# make test      lint, types and the fast tests
+# make test-all  the slow tests too
+# make lint      ruff and mypy alone
+# make clean     caches and build results; the environment stays
+#
+# Needs Python >= 3.10 with venv and pip; everything else goes into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
+
+.PHONY: demo test test-all lint clean
+
+demo: .venv/installed-run
+	$(BIN)/trivium demo
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: .venv/installed-test
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+# Each stamp is the last thing its rule makes, so an interrupted install is begun again; making an environment
+# that is already there mends it. What the tests need holds what running needs.
+.venv/installed-run: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --editable .
+	touch $@
+
+.venv/installed-test: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(INSTALL) --editable ".[test]"
+	touch .venv/installed-run $@
+
+clean:
+	rm -rf dist build .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find src tests -name __pycache__ -type d -exec rm -rf {} +
