@@ -1,0 +1,106 @@
+"""A language model as trivium uses it: a `transformers` causal model, its tokenizer, and the way to its numbers."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from trivium.errors import ModelError
+from trivium.forest import Forest
+from trivium.model import attention
+from trivium.model.layout import hidden_states
+from trivium.model.readout import Readout, readout_of
+
+# On CUDA lines are filled to a multiple of this, so that few shapes are compiled.
+FILL_CUDA = 1024
+
+
+@dataclass(eq=False)
+class LanguageModel:
+    """``hf`` is the `transformers` model, unchanged; ``layout`` is how batches are laid out (see `layout.py`).
+
+    ``dtype`` is computation and frozen weights; ``saved_dtype`` is the dtype of the folder it came from, in which
+    what follows from it is saved.
+    """
+
+    hf: Any
+    tokenizer: Any
+    dtype: torch.dtype
+    saved_dtype: torch.dtype
+    layout: str = "forest"
+    native_attention: str = "sdpa"
+    notes: list[str] = field(default_factory=list)
+    _readout: Readout | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return next(self.hf.parameters()).device
+
+    @property
+    def config(self) -> Any:
+        return self.hf.config.get_text_config()
+
+    @property
+    def context(self) -> int:
+        """The longest sequence the model was built for, in tokens."""
+        return int(getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", 2**20))
+
+    @property
+    def readout(self) -> Readout:
+        if self._readout is None:
+            self._readout = readout_of(self.hf)
+        return self._readout
+
+    def logprob(self, forest: Forest) -> Tensor:
+        """Log-probability of every entry of the forest, ``[K]``, float32."""
+        if not len(forest.source):
+            return torch.zeros(0, device=self.device)
+        with self.computing():
+            fill = FILL_CUDA if self.device.type == "cuda" else None
+            hidden = hidden_states(self.hf.base_model, forest, self.layout, fill)
+            return self.readout(hidden, forest.target)
+
+    def computing(self) -> contextlib.AbstractContextManager[Any]:
+        """Computation in ``dtype``, whatever dtype the trained weights have."""
+        if self.dtype == torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.type, dtype=self.dtype)
+
+    @contextlib.contextmanager
+    def laid_out(self, layout: str) -> Iterator[None]:
+        """Use one layout, and the attention that belongs to it, within the block; restore both afterwards."""
+        before, attention_before = self.layout, self.hf.config._attn_implementation
+        self.layout = layout
+        try:
+            self._set_attention(attention.NAME if layout == "forest" else self.native_attention)
+            yield
+        finally:
+            self.layout = before
+            self._set_attention(attention_before)
+
+    def _set_attention(self, name: str) -> None:
+        if self.hf.config._attn_implementation != name:
+            attention.register()
+            self.hf.set_attn_implementation(name)
+
+    def decoder_layers(self) -> list[nn.Module]:
+        """The decoder's layers, in order."""
+        count = getattr(self.config, "num_hidden_layers", None)
+        for module in self.hf.base_model.modules():
+            if isinstance(module, nn.ModuleList) and len(module) == count:
+                return list(module)
+        raise ModelError(
+            f"{type(self.hf).__name__}: no list of {count} decoder layers found", "use a decoder-only language model"
+        )
+
+    def parameters(self) -> int:
+        """Parameters in all, tied ones counted once."""
+        return sum(p.numel() for p in self.hf.parameters())
+
+    def trained_parameters(self) -> int:
+        return sum(p.numel() for p in self.hf.parameters() if p.requires_grad)

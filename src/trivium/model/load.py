@@ -1,0 +1,143 @@
+"""Base models from folders, GGUF files and the hub, through `transformers`; nothing in a folder is ever run.
+
+Only safetensors and GGUF weights are read: never pickle, never remote code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from trivium.errors import ModelError
+from trivium.files import read_json
+from trivium.model.language_model import LanguageModel
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """No warnings or progress bars from libraries that the user can do nothing about."""
+    import logging
+
+    from transformers.utils import logging as hf_logging
+
+    hf_logging.set_verbosity_error()
+    hf_logging.disable_progress_bar()
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        yield
+
+
+def load_base(source: str, dtype: str, device: str, overrides: dict[str, Any] | None = None) -> LanguageModel:
+    """A whole model: ``source`` is a folder, a ``.gguf`` file, or a hub id; ``dtype`` is that of the computation.
+
+    ``overrides`` change settings of its config. Raises ModelError where it is not there or cannot be read.
+    """
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    where, extra = locate(source)
+    with quiet(), _clear_errors(source):
+        config = AutoConfig.from_pretrained(where, **extra, trust_remote_code=False)
+        saved = getattr(config, "dtype", None) if not extra else None
+        for key, value in (overrides or {}).items():
+            if not hasattr(config, key):
+                raise ModelError(f"{source}: its config has no '{key}' to override", "remove it from `model`")
+            setattr(config, key, value)
+        tokenizer = AutoTokenizer.from_pretrained(where, **extra, trust_remote_code=False)
+        hf, info = AutoModelForCausalLM.from_pretrained(
+            where,
+            config=config,
+            **extra,
+            dtype=getattr(torch, dtype),
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ModelError(
+            f"{source}: its weights lack {len(missing)} tensors, e.g. {missing[0]}", "use a complete model folder"
+        )
+    if hasattr(hf.config, "quantization_config"):
+        del hf.config.quantization_config  # GGUF is dequantised on loading; saving it would claim otherwise
+    return wrap(hf.to(device).eval(), tokenizer, dtype, getattr(torch, str(saved or "float32").removeprefix("torch.")))
+
+
+def wrap(hf: Any, tokenizer: Any, dtype: str, saved_dtype: Any) -> LanguageModel:
+    """A `transformers` model with its tokenizer, as the rest of trivium uses it; its own dropout off."""
+    import torch
+
+    for module in hf.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    native = hf.config._attn_implementation
+    return LanguageModel(hf, tokenizer, getattr(torch, dtype), saved_dtype, native_attention=native)
+
+
+def locate(source: str) -> tuple[str, dict[str, str]]:
+    """(what ``from_pretrained`` is given, its extra arguments); raises ModelError for what is not a model."""
+    path = Path(source).expanduser()
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"{path}: not a model", "give a model folder, a .gguf file, or a hub id")
+        if path.open("rb").read(4) != b"GGUF":
+            raise ModelError(f"{path}: not a GGUF file (its first bytes are not GGUF)", "download it again")
+        try:
+            import gguf  # noqa: F401
+        except ImportError:
+            raise ModelError(f"{path}: reading GGUF needs a package", 'pip install "trivium[gguf]"') from None
+        return str(path.parent), {"gguf_file": path.name}
+    if path.is_dir():
+        _check_folder(path)
+        return str(path), {}
+    if source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") != 1:
+        raise ModelError(f"{source}: no such model folder", "give a model folder, a .gguf file, or a hub id (owner/name)")
+    return source, {}
+
+
+def _check_folder(path: Path) -> None:
+    names = {p.name for p in path.iterdir()}
+    if "config.json" not in names:
+        held = ", ".join(sorted(names)[:6]) or "nothing"
+        raise ModelError(f"{path}: not a model folder, it has no config.json (it has: {held})", "give the model's folder")
+    if not any(n.endswith(".safetensors") for n in names):
+        pickled = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")))
+        if pickled:
+            raise ModelError(
+                f"{path}: weights only as {pickled[0]}, which can run code when opened",
+                "convert it once with transformers: model.save_pretrained(folder) writes safetensors",
+            )
+        raise ModelError(f"{path}: a model folder without weights (no .safetensors)", "copy the weights beside config.json")
+    config = read_json(path / "config.json")
+    if not isinstance(config, dict) or not config.get("model_type"):
+        raise ModelError(f"{path}/config.json: no model_type", "give a folder written by transformers")
+
+
+@contextlib.contextmanager
+def _clear_errors(source: str) -> Iterator[None]:
+    """One line for whatever a library raises over a model folder."""
+    try:
+        yield
+    except ModelError:
+        raise
+    except ImportError as error:
+        package = getattr(error, "name", None) or str(error).split("\n")[0][:80]
+        raise ModelError(f"{source}: reading it needs a package: {package}", f"pip install {package}") from None
+    except Exception as error:  # transformers raises anything from KeyError to SafetensorError here
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = (lines[0] if lines else type(error).__name__)[:160]
+        if not Path(source).expanduser().exists():
+            offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
+            remedy = "check the id and the network; a local model is given by its folder"
+            raise ModelError(f"{source}: no such folder, and the hub did not give it{offline}", remedy) from None
+        if "trust_remote_code" in str(error) or "remote code" in str(error):
+            remedy = "trivium runs no code from model folders; use a model that transformers itself knows"
+            raise ModelError(f"{source}: its architecture needs code of its own", remedy) from None
+        raise ModelError(f"{source}: cannot be loaded: {reason}", "check that the folder is whole and its files match") from None

@@ -1,0 +1,124 @@
+"""The proof before training: this model, on this backend, gives the same numbers packed as separate (idea 6).
+
+Log-probabilities of real rows, the longest included (a short probe misses sliding windows and rotary factors that
+switch with length), and the gradients of all trained weights on rows of moderate length, are compared with the
+unmodified model's own ``logits`` on separate rows. The first layout that agrees is used: forest, rows, single.
+
+The tolerance follows from the dtype: what two orders of summation may differ by in it, with a wide margin, and far
+below what a leak between sequences costs (some 0.03 to 0.15 per token).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from trivium.errors import ModelError
+from trivium.forest import Example, Forest, lay_out
+from trivium.model.language_model import LanguageModel
+from trivium.model.layout import LAYOUTS, sequence_rows
+
+# Largest accepted difference of a log-probability, and of a gradient relative to the largest one, by dtype.
+TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
+GRADIENT_TOKENS = 512  # gradients are compared on rows of at most so many tokens in all
+
+
+@dataclass(frozen=True)
+class Proof:
+    """What was compared and how far apart it was."""
+
+    layout: str
+    logprob_difference: float
+    gradient_difference: float
+    tokens: int
+    refused: tuple[str, ...] = ()  # why the layouts tried before were not used
+
+    def line(self) -> str:
+        kind = {
+            "forest": "packed and prefix-shared",
+            "rows": "falling back to separate padded rows, which",
+            "single": "falling back to single rows, which",
+        }
+        text = (
+            f"proof: {kind[self.layout]} = separate on {self.tokens} tokens of real rows "
+            f"(log-probabilities within {self.logprob_difference:.1e}, gradients within {self.gradient_difference:.1e})"
+        )
+        return "; ".join([text, *(f"not {r}" for r in self.refused)])
+
+
+def prove(model: LanguageModel, examples: list[Example]) -> Proof:
+    """Find the layout that equals separate rows on ``examples``; raises ModelError where none does."""
+    forest = lay_out(examples).to(model.device)
+    short = _short(examples)
+    small = lay_out(short).to(model.device) if short else None
+    with model.laid_out("single"):
+        with torch.no_grad():
+            expected = _separate(model, forest)
+        expected_grads = _gradients(model, _separate(model, small), small) if small is not None else {}
+    limit = TOLERANCE[model.dtype]
+    refused: list[str] = []
+    for layout in LAYOUTS:
+        try:
+            with model.laid_out(layout):
+                with torch.no_grad():
+                    apart = float((model.logprob(forest) - expected).abs().max())
+                grads = _gradients(model, model.logprob(small), small) if small is not None else {}
+                grads_apart = _gradients_apart(grads, expected_grads)
+        except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
+            refused.append(f"{layout}: {type(error).__name__} {str(error).splitlines()[0][:80] if str(error) else ''}")
+            continue
+        if apart <= limit and grads_apart <= 10 * limit:
+            return Proof(layout, apart, grads_apart, len(forest.tokens), tuple(refused))
+        refused.append(f"{layout}: log-probabilities differ by {apart:.2g}, gradients by {grads_apart:.2g}")
+    raise ModelError(
+        f"{type(model.hf).__name__}: log-probabilities differ from the model's own logits ({'; '.join(refused)})",
+        "this model changes its logits or mixes its rows in a way trivium does not know; use another base model",
+    )
+
+
+def _short(examples: list[Example]) -> list[Example]:
+    """The shortest examples, and as many as fit."""
+    chosen, total = [], 0
+    for example in sorted(examples, key=lambda e: e.tokens):
+        total += example.tokens
+        if chosen and total > GRADIENT_TOKENS:
+            break
+        chosen.append(example)
+    return chosen if chosen and chosen[0].tokens <= 4 * GRADIENT_TOKENS else []
+
+
+def _separate(model: LanguageModel, forest: Forest) -> Tensor:
+    """Log-probabilities by the unmodified model, ``logits`` of one row after the other; ``[K]``."""
+    found, first = [], 0
+    with model.computing():
+        for places, entries in sequence_rows(forest):
+            if not len(entries):
+                continue
+            row = forest.tokens[torch.from_numpy(places).to(forest.tokens.device)]
+            logits = model.hf(input_ids=row[None], use_cache=False).logits[0]
+            logits = logits[torch.from_numpy(entries).to(logits.device)].float()
+            target = forest.target[first : first + len(entries)]
+            first += len(entries)
+            found.append(logits.log_softmax(-1).gather(1, target[:, None])[:, 0])
+    return torch.cat(found)
+
+
+def _gradients(model: LanguageModel, logprob: Tensor, forest: Forest) -> dict[str, Tensor]:
+    """Gradients of a fixed mixture of the entries, signs included, with respect to all trained weights."""
+    trained = {n: p for n, p in model.hf.named_parameters() if p.requires_grad}
+    if not trained:
+        return {}
+    mixture = torch.cos(torch.arange(len(logprob), device=logprob.device)) * forest.weight
+    grads = torch.autograd.grad((mixture * logprob).sum(), list(trained.values()), allow_unused=True)
+    return {n: g for n, g in zip(trained, grads, strict=True) if g is not None}
+
+
+def _gradients_apart(grads: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
+    """Largest difference of any gradient, relative to the largest gradient there is."""
+    if set(grads) != set(expected):
+        return float("inf")
+    scale = max((float(g.abs().max()) for g in expected.values()), default=0.0)
+    apart = max((float((grads[n] - g).abs().max()) for n, g in expected.items()), default=0.0)
+    return apart / scale if scale else apart

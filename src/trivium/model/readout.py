@@ -1,0 +1,137 @@
+"""Hidden states and the output embedding into one log-probability per entry, never holding the full logits.
+
+Shapes:  K entries,  D width,  V vocabulary,  C entries in a chunk.
+
+A log-probability is one number per entry, so its gradient with respect to the hidden state is one vector per entry,
+d logprob / d h = (onehot(target) - softmax(logits)) W, known in the forward pass. With a frozen head it is stored
+([K, D], small) and the backward pass costs nothing; with a trained head the logits of each chunk are computed again.
+
+Cost: 2 V D K multiply-adds per product; two products with a frozen head, four with a trained one.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+# A chunk's float32 logits take about this many bytes.
+CHUNK_BYTES = 32 * 2**20
+
+
+class Readout(nn.Module):
+    """Owns the head: weight and bias, the scale and the soft cap on the logits.
+
+    ``head`` is any module from ``[C, D]`` to logits ``[C, V]``. A plain linear layer takes the fast path; anything
+    else (an adapter hangs on it) is recomputed chunk by chunk through its own forward.
+    """
+
+    def __init__(self, head: nn.Module, scale: float = 1.0, softcap: float | None = None) -> None:
+        super().__init__()
+        self.head = head
+        self.scale = scale
+        self.softcap = softcap
+
+    @property
+    def plain(self) -> bool:
+        return type(self.head) is nn.Linear and not self.head._forward_hooks and not list(self.head.children())
+
+    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+        """``hidden [K, D]``, ``target [K]`` -> log-probabilities ``[K]`` in float32."""
+        device = hidden.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else hidden.dtype
+        with torch.autocast(device, enabled=False):
+            if not self.plain:
+                return self._through_head(hidden.to(dtype), target)
+            weight, bias = self.head.weight, self.head.bias
+            return _LogProb.apply(hidden.to(dtype), weight, bias, target, self.scale, self.softcap)
+
+    def _through_head(self, hidden: Tensor, target: Tensor) -> Tensor:
+        from torch.utils.checkpoint import checkpoint
+
+        def chunk(h: Tensor, t: Tensor) -> Tensor:
+            logits = _capped(self.head(h).float() * self.scale, self.softcap)
+            return logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1)
+
+        size = _chunk_size(self.head.weight.shape[0] if hasattr(self.head, "weight") else 2**15)
+        pairs = zip(hidden.split(size), target.split(size), strict=True)
+        return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in pairs])
+
+
+def readout_of(model: Any) -> Readout:
+    """The readout of a `transformers` causal model, with the logit scaling that its configuration declares.
+
+    Granite divides the logits by ``logits_scaling``, Cohere multiplies by ``logit_scale``, Gemma and others cap them
+    at ``final_logit_softcapping``. What a configuration does not declare, the proof before training finds.
+    """
+    config = model.config.get_text_config()
+    scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0) * (getattr(config, "logit_scale", None) or 1.0)
+    return Readout(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
+
+
+def _chunk_size(vocabulary: int) -> int:
+    return max(16, CHUNK_BYTES // (4 * vocabulary))
+
+
+def _capped(logits: Tensor, softcap: float | None) -> Tensor:
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class _LogProb(torch.autograd.Function):
+    """log softmax(cap(scale * (h W^T + b)))[target], chunk by chunk."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, target: Tensor, scale: float, cap: float | None
+    ) -> Tensor:
+        ctx.scale, ctx.cap = scale, cap
+        trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        keep = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not trains_head else None
+        logprob = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
+        used, used_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        for at in _chunks(len(target), len(weight)):
+            logits = _capped(F.linear(hidden[at], used, used_bias).float().mul_(scale), cap)
+            lse = logits.logsumexp(1)
+            logprob[at] = logits.gather(1, target[at, None])[:, 0] - lse
+            if keep is not None:
+                keep[at] = _unit(logits, lse, target[at], scale, cap).to(hidden.dtype) @ used
+        ctx.save_for_backward(keep if keep is not None else hidden, weight, bias, target)
+        return logprob
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        hidden, weight, bias, target = ctx.saved_tensors
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
+        if not need_weight and not need_bias:
+            return grad[:, None].to(hidden.dtype) * hidden, None, None, None, None, None
+        used, used_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
+        grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and need_bias else None
+        for at in _chunks(len(target), len(weight)):
+            logits = _capped(F.linear(hidden[at], used, used_bias).float().mul_(ctx.scale), ctx.cap)
+            unit = _unit(logits, logits.logsumexp(1), target[at], ctx.scale, ctx.cap).mul_(grad[at, None])
+            if grad_bias is not None:
+                grad_bias += unit.sum(0)
+            unit = unit.to(hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[at] = unit @ used
+            if grad_weight is not None:
+                grad_weight.addmm_(unit.t().to(grad_weight.dtype), hidden[at].to(grad_weight.dtype))
+        cast = [g if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias)]
+        return grad_hidden, cast[0], cast[1], None, None, None
+
+
+def _chunks(entries: int, vocabulary: int) -> list[slice]:
+    size = _chunk_size(vocabulary)
+    return [slice(start, min(start + size, entries)) for start in range(0, entries, size)]
+
+
+def _unit(logits: Tensor, lse: Tensor, target: Tensor, scale: float, cap: float | None) -> Tensor:
+    """d logprob / d (h W^T + b), ``[C, V]``; reuses the memory of ``logits`` where it can."""
+    slope = None if cap is None else (1 - (logits / cap).square_()).mul_(scale)
+    unit = (logits - lse[:, None]).exp_().neg_()
+    unit.scatter_add_(1, target[:, None], torch.ones_like(target, dtype=unit.dtype)[:, None])
+    return unit.mul_(scale) if slope is None else unit.mul_(slope)
