@@ -1,0 +1,286 @@
+"""The demo's story world: short stories, requests for them, pairs of answers, and a checker, all from a seed.
+
+    stories     {"text"}                                             what a language model is pretrained on
+    requests    {"messages", "request"}                              what it is taught to follow
+    pairs       {"prompt", "chosen", "rejected", "fault", "request"} what it is taught to prefer
+    check       (request, answer) -> {attribute: kept or not}        how it is judged, by program
+
+A story is about one name, at one place, with one toy, and ends happy or sad. An eighth of all (name, place, end)
+is held out by hash: nothing that trains ever holds one of these, stories, answers and rejected answers included.
+
+Half of the stories that pretrain open with a title in the words of the requests, and every story says each
+attribute twice: what a small model reads once, it learns or not by luck.
+
+The same seed gives the same bytes on every version of Python: only ``Random.random()`` is drawn from, whose
+sequence Python guarantees. Cost: about 30,000 stories a second.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import random
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from trivium import files
+from trivium.demo.plots import ENDINGS, OPENINGS, PLOTS
+from trivium.demo.words import ENDS, GIRLS, HAPPY, NAMES, PLACES, PRONOUNS, SAD, SLOTS, TOYS
+
+WORDS = (60, 110)  # the fewest and the most words of a story, its title not counted
+HELD_OUT = 8  # one in so many (name, place, end) is held out
+
+Request = dict[str, str]
+Row = dict[str, Any]
+T = TypeVar("T")
+
+WORDINGS = (
+    "Tell a story about {who} {at} with a {end} end.",
+    "Write a story about {who} {at}. It has a {end} end.",
+    "Please tell me about {who} {at}. Make the end {end}.",
+    "I want a story with a {end} end. It is about {who} {at}.",
+    "Can you tell a story of {who} {at}? The end must be {end}.",
+    "Give me a story that plays {at}. It is about {who}, and the end is {end}.",
+    "Make up a story: {who} {at}, a {end} end.",
+    "Story time! {who} {at}, and a {end} end, please.",
+)
+AGAIN = (
+    "Now tell it with a {end} end.",
+    "Tell another one, but make the end {end}.",
+    "The same again, please, with a {end} end.",
+)
+# what is asked -> the questions, each with its answer
+QUESTIONS: dict[str, tuple[tuple[str, str], ...]] = {
+    "name": (
+        ("Who is the story about?", "The story is about {name}."),
+        ("What is the name of the child?", "The name of the child is {name}."),
+    ),
+    "place": (
+        ("Where was {name}?", "{name} was {at}."),
+        ("Where does the story play?", "The story plays {at}."),
+    ),
+    "toy": (
+        ("Which toy is in the story?", "The toy is a {toy}."),
+        ("What did {name} have or want?", "It was a {toy}."),
+    ),
+    "end": (
+        ("Is the end happy or sad?", "The end is {end}."),
+        ("How does the story end?", "It has a {end} end."),
+    ),
+}
+KINDS = {"name": NAMES, "place": tuple(PLACES), "toy": TOYS, "end": ENDS}
+
+
+def stories(n: int, seed: int, *, held_out: bool = False) -> Iterator[Row]:
+    """``n`` rows ``{"text"}``; half open with a title line. ``held_out`` tells of what no training row tells of."""
+    rng = _stream("stories", seed)
+    for _ in range(n):
+        wish = _wish(rng, held_out)
+        text = _tell(wish, rng)
+        if rng.random() < 0.5:
+            text = _fill("Title: {who} {at}, a {end} end\n", _asked(wish, rng)) + text
+        yield {"text": text}
+
+
+def requests(n: int, seed: int, *, held_out: bool = False) -> Iterator[Row]:
+    """``n`` rows ``{"messages", "request"}``, the last message an answer that keeps ``request``.
+
+    Six in ten ask for a story; the others ask about a given story, about the story just told, or for another end.
+    """
+    rng = _stream("requests", seed)
+    for _ in range(n):
+        wish = _wish(rng, held_out)
+        kind = rng.random()
+        if kind < 0.6:
+            messages, request = _ask_story(wish, rng)
+        elif kind < 0.75:
+            story = _tell(wish, rng)
+            messages, request = _ask_question(wish, rng, before=f"{story}\n\n")
+        else:
+            first, _ = _ask_story(wish, rng)
+            other = {**wish, "end": _other("end", wish["end"], rng)}
+            if kind >= 0.9 and is_held_out(other) == held_out:
+                messages, request = _ask_again(other, rng)
+            else:
+                messages, request = _ask_question(wish, rng)
+            messages = first + messages
+        yield {"messages": messages, "request": request}
+
+
+def held_out_requests(n: int, seed: int) -> Iterator[Row]:
+    """``n`` rows as ``requests`` gives them, of (name, place, end) that no training row has."""
+    return requests(n, seed, held_out=True)
+
+
+def pairs(n: int, seed: int) -> Iterator[Row]:
+    """``n`` rows; ``check(request, rejected)[fault]`` is False, and ``chosen`` keeps everything."""
+    rng = _stream("pairs", seed)
+    for _ in range(n):
+        wish = _wish(rng, held_out=False)
+        messages, request = _ask_story(wish, rng)
+        chosen = messages.pop()["content"]
+        faults = ("finished", "unrepeated", *(k for k in KINDS if k in request))
+        rejected = None
+        while rejected is None:
+            fault = _pick(rng, faults)
+            rejected = _spoil(wish, chosen, fault, rng)
+        yield {"prompt": messages, "chosen": chosen, "rejected": rejected, "fault": fault, "request": request}
+
+
+def check(request: Request, answer: str) -> dict[str, bool]:
+    """What of a request an answer keeps: each attribute asked for, and that it is finished and does not repeat.
+
+    A name, place or toy is kept when it is said and no other of its kind is; an end, when one of the last two
+    sentences has a word of that feeling and neither has one of the other.
+    """
+    sentences = split_sentences(answer)
+    seen = [s.lower() for s in sentences]
+    kept = {
+        "finished": bool(re.search(r"[.!?]\"?\s*$", answer)),
+        "unrepeated": len(set(seen)) == len(seen),
+    }
+    words = _words(answer)
+    if request["task"] == "question":
+        return {"answer": _said(request["answer"], KINDS[request["ask"]], words), **kept}
+    for kind in ("name", "place", "toy"):
+        if kind in request:
+            kept[kind] = _said(request[kind], KINDS[kind], words)
+    feelings = {w.lower() for s in sentences[-2:] for w in _words(s)}
+    wanted, unwanted = (HAPPY, SAD) if request["end"] == "happy" else (SAD, HAPPY)
+    kept["end"] = not feelings.isdisjoint(wanted) and feelings.isdisjoint(unwanted)
+    return kept
+
+
+TABLES: dict[str, Callable[[int, int], Iterator[Row]]] = {
+    "stories": stories,
+    "requests": requests,
+    "pairs": pairs,
+    "held_out": held_out_requests,
+    "valid": partial(stories, held_out=True),
+}
+
+
+def write(
+    folder: Path, seed: int, stories: int = 20_000, requests: int = 4_000, pairs: int = 3_000, held_out: int = 200
+) -> None:
+    """Write ``stories``, ``requests``, ``pairs`` and, as many as ``held_out``, ``held_out`` and ``valid`` (.jsonl)."""
+    sizes = {"stories": stories, "requests": requests, "pairs": pairs, "held_out": held_out, "valid": held_out}
+    files.make_folder(folder)
+    for name, rows in TABLES.items():
+        lines = (json.dumps(row) + "\n" for row in rows(sizes[name], seed))
+        files.write_text(folder / f"{name}.jsonl", "".join(lines))
+
+
+def is_held_out(request: Request) -> bool:
+    """Whether this (name, place, end) is kept from everything that trains."""
+    key = " ".join(request[k] for k in ("name", "place", "end"))
+    return hashlib.sha256(key.encode()).digest()[0] % HELD_OUT == 0
+
+
+def split_sentences(text: str) -> list[str]:
+    """Cut after ``.``, ``!`` or ``?`` (and a closing quote), where a capital or a quote follows."""
+    return [s for s in re.split(r"(?:(?<=[.!?])|(?<=[.!?]\"))\s+(?=[A-Z\"])", text.strip()) if s]
+
+
+def _tell(wish: Request, rng: random.Random) -> str:
+    """A story of ``WORDS`` words that keeps the wish."""
+    while True:
+        plot = PLOTS[_pick(rng, tuple(PLOTS))]
+        turn = plot.happy if wish["end"] == "happy" else plot.sad
+        steps = (OPENINGS, *plot.steps, *turn, *ENDINGS[wish["end"]])
+        cast = {k: _pick(rng, SLOTS[k]) for k in ("color", "animal", "weather", "time", "family", "hidden", "food")}
+        cast |= {**wish, **PRONOUNS[wish["name"] in GIRLS], "at": _at(wish)}
+        sentences = []
+        for step in steps:
+            loose = {k: _pick(rng, SLOTS[k]) for k in ("trait", "fruit", "friend")}
+            sentences.append(_fill(_pick(rng, step), {**cast, **loose}))
+        story = " ".join(sentences)
+        if WORDS[0] <= len(story.split()) <= WORDS[1]:
+            return story
+
+
+def _ask_story(wish: Request, rng: random.Random) -> tuple[list[Row], Request]:
+    """A request for the wish's story and its answer; one in three asks for the toy as well."""
+    asked = _asked(wish, rng)
+    request = _request("story", wish)
+    if asked["who"] != wish["name"]:
+        request["toy"] = wish["toy"]
+    return _turn(_fill(_pick(rng, WORDINGS), asked), _tell(wish, rng)), request
+
+
+def _ask_again(wish: Request, rng: random.Random) -> tuple[list[Row], Request]:
+    """After a story: the same name and place with this wish's end."""
+    return _turn(_fill(_pick(rng, AGAIN), wish), _tell(wish, rng)), _request("story", wish)
+
+
+def _ask_question(wish: Request, rng: random.Random, before: str = "") -> tuple[list[Row], Request]:
+    """A question about a story of the wish, and its answer."""
+    ask = _pick(rng, tuple(QUESTIONS))
+    question, answer = (_fill(t, {**wish, "at": _at(wish)}) for t in _pick(rng, QUESTIONS[ask]))
+    return _turn(before + question, answer), {**_request("question", wish), "ask": ask, "answer": wish[ask]}
+
+
+def _spoil(wish: Request, chosen: str, fault: str, rng: random.Random) -> str | None:
+    """An answer with this fault; None when only a held-out story would have it."""
+    if fault == "finished":
+        words = chosen.split()
+        return " ".join(words[: int(len(words) * (0.4 + 0.45 * rng.random()))]).rstrip('.,!?"')
+    if fault == "unrepeated":
+        sentences = split_sentences(chosen)
+        start, length = 3 + int(rng.random() * 3), 1 + int(rng.random() * 2)
+        return " ".join(sentences[:start] + sentences[start - length : start] * (2 + int(rng.random() * 2)))
+    other = {**wish, fault: _other(fault, wish[fault], rng)}
+    return None if is_held_out(other) else _tell(other, rng)
+
+
+def _wish(rng: random.Random, held_out: bool) -> Request:
+    while True:
+        wish = {kind: _pick(rng, values) for kind, values in KINDS.items()}
+        if is_held_out(wish) == held_out:
+            return wish
+
+
+def _request(task: str, wish: Request) -> Request:
+    return {"task": task, **{k: wish[k] for k in ("name", "place", "end")}}
+
+
+def _asked(wish: Request, rng: random.Random) -> Request:
+    """The wish in the words of a request: one in three names the toy."""
+    who = f"{wish['name']} and a {wish['toy']}" if rng.random() < 1 / 3 else wish["name"]
+    return {**wish, "who": who, "at": _at(wish)}
+
+
+def _at(wish: Request) -> str:
+    return f"{PLACES[wish['place']]} {wish['place']}"
+
+
+def _other(kind: str, value: str, rng: random.Random) -> str:
+    return _pick(rng, [v for v in KINDS[kind] if v != value])
+
+
+def _said(value: str, values: Sequence[str], words: set[str]) -> bool:
+    return value in words and words.isdisjoint(v for v in values if v != value)
+
+
+def _words(text: str) -> set[str]:
+    return set(re.findall(r"[A-Za-z']+", text))
+
+
+def _turn(user: str, assistant: str) -> list[Row]:
+    return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
+
+
+def _fill(template: str, values: Request) -> str:
+    return template.format_map(values)
+
+
+def _pick(rng: random.Random, values: Sequence[T]) -> T:
+    return values[int(rng.random() * len(values))]
+
+
+def _stream(kind: str, seed: int) -> random.Random:
+    """One stream of numbers per table, so that none depends on how much another was asked for."""
+    return random.Random(int.from_bytes(hashlib.sha256(f"{kind} {seed}".encode()).digest()[:8], "big"))
