@@ -1,0 +1,219 @@
+"""From files to examples: every stage's data becomes token ids with a weight per token, every row accounted for.
+
+    prepared = prepare(Path("chats.jsonl"), kind="conversation", tokenizer=tokenizer,
+                       template=chat_template(tokenizer), max_length=None, context=2048)
+
+What becomes of a row too long for ``max_length`` (or the model's ``context``): a text is split, so that every token
+is still trained exactly once; a conversation or pair is set aside and counted. Nothing is ever cut silently.
+
+Cost: one batched tokenizer call per 1,000 rows; tokens and weights are held in memory, 8 bytes a token.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from trivium.data.chat import ChatTemplate, Rendered, TrainOn, added_bos
+from trivium.data.formats import Conversation, Kind, Pair, RowError, Text, parse
+from trivium.data.ledger import Ledger
+from trivium.data.rows import BadRow, Row, files_of, read_rows, sha256_of
+from trivium.forest import Example, TokenSequence
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+CHUNK = 1000  # rows per tokenizer call
+
+
+@dataclass
+class Prepared:
+    """A data set ready for training."""
+
+    examples: list[Example] = field(default_factory=list)
+    held_out: list[Example] = field(default_factory=list)
+    ledger: Ledger = field(default_factory=Ledger)
+    texts_bytes: int = 0  # UTF-8 bytes of the trained text of the examples, for bits per byte
+    held_out_bytes: int = 0
+    sha256: str = ""  # of the files' contents
+
+
+@dataclass(frozen=True)
+class _Draft:
+    """A row on its way: what is to be tokenised, one text per sequence."""
+
+    row: Row
+    held_out: bool
+    texts: tuple[Rendered, ...]
+
+
+def prepare(
+    path: Path | str | Sequence[Path | str],
+    *,
+    kind: Kind,
+    tokenizer: PreTrainedTokenizerFast,
+    template: ChatTemplate | None = None,
+    train_on: TrainOn = "assistant",
+    max_length: int | None = None,
+    context: int,
+    holdout: float = 0.0,
+    check: bool = True,
+) -> Prepared:
+    """Read, recognise, render and tokenise all rows of ``path``.
+
+    ``holdout`` is the part of the rows kept out of training, decided by each row's own content: adding rows moves
+    none from one side to the other, and identical rows are on the same side.
+    Raises DataError where a file is missing or (unless ``check`` is off) nothing useful is left.
+    """
+    assert kind == "text" or template is not None, "conversations and pairs need a chat template"
+    paths = [Path(path)] if isinstance(path, (str, Path)) else [Path(p) for p in path]
+    limit = min(max_length or context, context)
+    assert limit >= 2, "a sequence needs two tokens: one to predict from and one to predict"
+    done = Prepared(ledger=Ledger(source=", ".join(map(str, paths)), limit=limit))
+    seen: set[bytes] = set()
+    for chunk in _chunks(chain.from_iterable(read_rows(p) for p in paths), CHUNK):
+        drafts = list(_drafts(chunk, kind, template, train_on, holdout, done.ledger, seen))
+        if kind == "text":
+            _finish_texts(drafts, tokenizer, limit, done)
+        else:
+            assert template is not None
+            _finish_chats(drafts, template, kind, limit, done)
+    done.sha256 = sha256_of(f for p in paths for f in files_of(p))
+    done.ledger.balance()
+    if check:
+        done.ledger.check()
+    return done
+
+
+def _chunks(rows: Iterable[Row | BadRow], size: int) -> Iterator[list[Row | BadRow]]:
+    rows = iter(rows)
+    while chunk := list(islice(rows, size)):
+        yield chunk
+
+
+def _drafts(
+    rows: list[Row | BadRow],
+    kind: Kind,
+    template: ChatTemplate | None,
+    train_on: TrainOn,
+    holdout: float,
+    ledger: Ledger,
+    seen: set[bytes],
+) -> Iterator[_Draft]:
+    """Rows recognised and rendered; the others are entered in the ledger."""
+    for row in rows:
+        ledger.read += 1
+        if isinstance(row, BadRow):
+            ledger.set_aside.append((row.origin, row.reason))
+            continue
+        digest = content_hash(row.value)
+        ledger.duplicates += digest in seen
+        seen.add(digest)
+        try:
+            texts = _render(parse(row.value, kind), template, train_on)
+        except RowError as error:
+            ledger.set_aside.append((row.origin, str(error)))
+            continue
+        yield _Draft(row, int.from_bytes(digest[:8], "big") < holdout * 2**64, texts)
+
+
+def content_hash(value: dict[str, Any]) -> bytes:
+    """A row's identity: the same for the same fields in any order. 16 bytes."""
+    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(canonical.encode("utf-8")).digest()[:16]
+
+
+def _render(parsed: Text | Conversation | Pair, template: ChatTemplate | None, train_on: TrainOn) -> tuple:
+    if isinstance(parsed, Text):
+        return (Rendered(parsed.text, ((0, len(parsed.text)),), len(parsed.text.encode("utf-8"))),)
+    assert template is not None
+    if isinstance(parsed, Conversation):
+        return tuple(template.lay_out(parsed.messages, train_on, parsed.tools))
+    chosen, rejected = (
+        template.lay_out_answer(parsed.prompt, a, parsed.tools) for a in (parsed.chosen, parsed.rejected)
+    )
+    return chosen, rejected
+
+
+def _finish_texts(drafts: list[_Draft], tokenizer: PreTrainedTokenizerFast, limit: int, done: Prepared) -> None:
+    """Documents: [BOS] text [EOS], every token trained but the first, split where longer than ``limit``."""
+    if not drafts:
+        return
+    bos, eos = added_bos(tokenizer), tokenizer.eos_token_id
+    encoded = tokenizer(
+        [d.texts[0].text for d in drafts],
+        add_special_tokens=False,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )["input_ids"]
+    for draft, ids in zip(drafts, encoded, strict=True):
+        skipped = 0 if bos is not None or not ids else len(tokenizer.decode(ids[:1]).encode("utf-8"))
+        ids = [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
+        tokens = np.array(ids, np.int32)
+        if len(tokens) < 2:
+            done.ledger.set_aside.append((draft.row.origin, "no trained token: the text is a single token"))
+            continue
+        pieces = [TokenSequence(piece, _all_but_first(len(piece))) for piece in split(tokens, limit)]
+        done.ledger.split += len(pieces) > 1 and not draft.held_out
+        _place(draft, [Example((p,), draft.row.origin) for p in pieces], len(tokens), skipped, done)
+
+
+def split(tokens: np.ndarray, limit: int) -> list[np.ndarray]:
+    """Consecutive pieces ``[<= limit]`` that overlap by one token: the last of one is what the next begins with."""
+    return [tokens[at : at + limit] for at in range(0, max(len(tokens) - 1, 1), limit - 1)]
+
+
+def _all_but_first(n: int) -> np.ndarray:
+    weights = np.ones(n, np.float32)
+    weights[:1] = 0
+    return weights
+
+
+def _finish_chats(drafts: list[_Draft], template: ChatTemplate, kind: Kind, limit: int, done: Prepared) -> None:
+    """Conversations (one example of one or more sequences) and pairs (one example: chosen, rejected)."""
+    if not drafts:
+        return
+    tokenised = iter(template.tokenize([r.text for d in drafts for r in d.texts]))
+    for draft in drafts:
+        tokens = list(islice(tokenised, len(draft.texts)))
+        try:
+            sequences = [template.weigh(r, t) for r, t in zip(draft.texts, tokens, strict=True)]
+            if not all(s.trained_tokens for s in sequences):
+                raise RowError("no trained token")
+            if kind == "pair" and np.array_equal(sequences[0].tokens, sequences[1].tokens):
+                raise RowError("chosen and rejected are the same once tokenised")
+        except RowError as error:
+            done.ledger.set_aside.append((draft.row.origin, str(error)))
+            continue
+        longest = max(len(s.tokens) for s in sequences)
+        if longest > limit:
+            done.ledger.over_long += 1
+            done.ledger.over_long_at.append((draft.row.origin, longest))
+            done.ledger.longest = max(done.ledger.longest, longest)
+            continue
+        _place(draft, [Example(tuple(sequences), draft.row.origin)], longest, 0, done)
+
+
+def _place(draft: _Draft, examples: list[Example], longest: int, skipped_bytes: int, done: Prepared) -> None:
+    """Enter a finished row on its side. ``skipped_bytes``: of its text, those in a first token, which is not trained."""
+    ledger = done.ledger
+    size = sum(r.answer_bytes for r in draft.texts) - skipped_bytes
+    ledger.longest = max(ledger.longest, longest)
+    if draft.held_out:
+        ledger.held_out += 1
+        done.held_out += examples
+        done.held_out_bytes += size
+        return
+    ledger.used += 1
+    ledger.tokens += sum(len(s.tokens) for e in examples for s in e.sequences)
+    ledger.trained_tokens += sum(e.trained_tokens for e in examples)
+    done.examples += examples
+    done.texts_bytes += size
