@@ -1,0 +1,274 @@
+"""The list of checks that every method passes on every family of models (promise 17)."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+
+from trivium.errors import ModelError
+from trivium.peft import BottleneckSettings, FullSettings, LoRASettings, folder
+from trivium.peft.base import (
+    CHILD,
+    attach,
+    deltas,
+    detach,
+    dropping,
+    load_state,
+    make_full,
+    merge,
+    off,
+    state,
+    swapped,
+)
+from trivium.peft.targets import LINEAR, linear_shape
+
+SETTINGS = {
+    "lora": LoRASettings(r=4),
+    "lora-dropout": LoRASettings(r=4, dropout=0.5),
+    "rslora": LoRASettings(r=4, alpha=3, rslora=True),
+    "houlsby": BottleneckSettings(r=8),
+    "pfeiffer": BottleneckSettings(r=8, placement="pfeiffer", non_linearity="relu", dropout=0.5),
+    "houlsby-norms": BottleneckSettings(r=8, non_linearity="silu", layer_norms=True),
+}
+LORAS = ["lora", "lora-dropout", "rslora"]
+
+
+@pytest.fixture(params=["llama", "qwen3", "gemma3", "gpt2"])
+def base(request, tiny):
+    return tiny(request.param)
+
+
+@pytest.fixture(params=SETTINGS)
+def settings(request):
+    return SETTINGS[request.param]
+
+
+@pytest.fixture
+def model(base, settings):
+    attach(base, settings, seed=0)
+    return base
+
+
+def same(one: dict, other: dict) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_start_is_the_base_bitwise(base, settings, logits):
+    before = logits(base)
+    attached = attach(base, settings, seed=0)
+    dropping(base, True)
+    assert attached.targets
+    assert torch.equal(logits(base), before)
+
+
+def test_off_is_the_base_bitwise_after_training(base, settings, logits, train):
+    before, names = logits(base), set(base.state_dict())
+    weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
+    attach(base, settings, seed=0)
+    train(base)
+    assert not torch.equal(logits(base), before)
+    with off(base):
+        assert torch.equal(logits(base), before)
+    assert not torch.equal(logits(base), before)
+    assert {name for name in base.state_dict() if CHILD not in name} == names
+    detach(base)
+    assert torch.equal(logits(base), before)
+    assert same(base.state_dict(), weights)
+    assert not any(module._forward_hooks for module in base.modules())
+
+
+def test_off_is_undone_after_an_error(model, logits, train):
+    train(model)
+    after = logits(model)
+    with pytest.raises(ZeroDivisionError), off(model):
+        raise ZeroDivisionError
+    assert torch.equal(logits(model), after)
+
+
+def test_only_the_deltas_get_gradients(model, tokens):
+    model(tokens, labels=tokens).loss.backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (CHILD in name), name
+        assert parameter.requires_grad == (CHILD in name)
+    assert len(state(model)) == sum(p.requires_grad for p in model.parameters())
+
+
+def test_every_delta_learns(model, train):
+    before = state(model)
+    train(model)
+    after = state(model)
+    assert not [name for name in before if torch.equal(before[name], after[name])]
+
+
+def test_saved_and_loaded_is_bitwise(base, settings, logits, train, tmp_path):
+    fresh = copy.deepcopy(base)
+    made = attach(base, settings, seed=0)
+    train(base)
+    folder.save(base, tmp_path / "adapter", base="tiny", settings=settings)
+    loaded = folder.load(fresh, tmp_path / "adapter")
+    assert same(state(fresh), state(base))
+    assert torch.equal(logits(fresh), logits(base))
+    assert (loaded.targets, loaded.trained_parameters) == (made.targets, made.trained_parameters)
+    assert [p.requires_grad for p in fresh.parameters()] == [p.requires_grad for p in base.parameters()]
+    again = tmp_path / "again"
+    folder.save(fresh, again, base="tiny", settings=loaded.settings)
+    for name in (folder.WEIGHTS, folder.CONFIG):
+        assert (again / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+
+def test_swapped_restores_bitwise(model, logits, train, tokens):
+    parent, at_start = state(model), logits(model)
+    train(model)
+    mine, after = state(model), logits(model)
+    parameters = [id(p) for p in model.parameters()]
+    with swapped(model, parent):
+        assert torch.equal(logits(model), at_start)
+    assert torch.equal(logits(model), after)
+    with pytest.raises(ZeroDivisionError), swapped(model, parent):
+        raise ZeroDivisionError
+    assert same(state(model), mine)
+    assert parameters == [id(p) for p in model.parameters()]
+
+
+def test_a_pass_under_swapped_weights_does_not_disturb_a_backward(model, logits, train, tokens):
+    parent = state(model)
+    train(model)
+
+    def gradients(between: bool):
+        model.zero_grad()
+        loss = model(tokens, labels=tokens).loss
+        if between:
+            with swapped(model, parent):
+                logits(model)
+        loss.backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    assert same(gradients(True), gradients(False))
+
+
+def test_load_state_restores(model, logits, train):
+    start, before = state(model), logits(model)
+    train(model)
+    load_state(model, start)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_deepcopy_lives_on_its_own(model, logits, train):
+    train(model)
+    twin, before = copy.deepcopy(model), logits(model)
+    assert torch.equal(logits(twin), before)
+    train(twin)
+    assert torch.equal(logits(model), before)
+    assert not torch.equal(logits(twin), before)
+    with off(twin):
+        assert torch.equal(logits(model), before)
+    detach(twin)
+    assert torch.equal(logits(model), before)
+    with off(model):
+        assert torch.equal(logits(twin), logits(model))
+
+
+def test_same_seed_same_start(base, settings):
+    other, third = copy.deepcopy(base), copy.deepcopy(base)
+    attach(base, settings, seed=5)
+    torch.rand(7)
+    attach(other, settings, seed=5)
+    attach(third, settings, seed=6)
+    assert same(state(base), state(other))
+    assert not same(state(base), state(third))
+
+
+def test_a_bfloat16_base_trains_float32_deltas(base, settings, tokens):
+    base.to(torch.bfloat16)
+    before = base(tokens).logits
+    attach(base, settings, seed=0)
+    assert torch.equal(base(tokens).logits, before)
+    base(tokens, labels=tokens).loss.backward()
+    for delta in deltas(base).values():
+        for parameter in delta.parameters():
+            assert parameter.dtype == parameter.grad.dtype == torch.float32
+            assert torch.isfinite(parameter.grad).all()
+
+
+def test_autocast_runs(model, tokens):
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(tokens, labels=tokens).loss
+    loss.backward()
+    assert all(p.grad.dtype == torch.float32 for d in deltas(model).values() for p in d.parameters())
+
+
+def test_dropout_acts_only_when_asked(model, settings, logits, train):
+    train(model)
+    before = logits(model)
+    dropping(model, True)
+    assert torch.equal(logits(model), before) == (settings.dropout == 0)
+    dropping(model, False)
+    assert torch.equal(logits(model), before)
+
+
+def test_counts_are_what_is_there(base, settings):
+    frozen = sum(p.numel() for p in base.parameters())
+    attached = attach(base, settings, seed=0)
+    assert attached.trained_parameters == sum(tensor.numel() for tensor in state(base).values())
+    assert attached.total_parameters == frozen + attached.trained_parameters
+    assert attached.targets == list(deltas(base))
+
+
+def test_no_tokens_pass_through(model):
+    # What a process without rows in this micro-batch does; its gradients must exist and be zero.
+    for name, delta in deltas(model).items():
+        target = model.get_submodule(name)
+        inputs = (torch.zeros(1, 0, linear_shape(target)[0]),) if isinstance(target, LINEAR) else ()
+        width = linear_shape(target)[1] if isinstance(target, LINEAR) else 64
+        delta(inputs, torch.zeros(1, 0, width)).sum().backward()
+    assert not any(tensor.grad.any() for tensor in model.parameters() if tensor.requires_grad)
+
+
+@pytest.mark.parametrize("name", LORAS)
+def test_merged_is_the_adapter(base, name, logits, train):
+    attach(base, SETTINGS[name], seed=0)
+    train(base)
+    before, names = logits(base), [n for n in base.state_dict() if CHILD not in n]
+    merge(base)
+    assert (logits(base) - before).abs().max() <= 1e-5 * max(1, before.abs().max())
+    assert not deltas(base)
+    assert list(base.state_dict()) == names
+
+
+def test_bottlenecks_refuse_to_merge(base, train, logits):
+    attach(base, SETTINGS["houlsby-norms"], seed=0)
+    train(base)
+    before = logits(base)
+    with pytest.raises(ModelError, match="non-linear"):
+        merge(base)
+    assert torch.equal(logits(base), before)
+
+
+def test_full_trains_everything_in_float32(base, tokens):
+    base.to(torch.bfloat16)
+    attached = attach(base, FullSettings(), seed=0)
+    assert attached.targets == []
+    assert attached.trained_parameters == attached.total_parameters == sum(p.numel() for p in base.parameters())
+    assert all(p.requires_grad and p.dtype == torch.float32 for p in base.parameters())
+    base(tokens, labels=tokens).loss.backward()
+
+
+def test_full_refuses_quantised_weights(tiny):
+    model = tiny("llama")
+    packed = torch.zeros(4, dtype=torch.uint8)
+    model.lm_head.weight = torch.nn.Parameter(packed, requires_grad=False)
+    with pytest.raises(ModelError, match=r"lm_head.weight is quantised"):
+        make_full(model)
+
+
+def test_other_small_weights_are_refused(model):
+    small = state(model)
+    first = sorted(small)[0]
+    with pytest.raises(ModelError, match="is missing"):
+        load_state(model, {name: tensor for name, tensor in small.items() if name != first})
+    with pytest.raises(ModelError, match="not one of the deltas"):
+        load_state(model, {**small, "zzz": torch.zeros(1)})
+    with pytest.raises(ModelError, match="has shape"), swapped(model, {**small, first: torch.zeros(3)}):
+        pass
