@@ -31,6 +31,9 @@ if TYPE_CHECKING:
 
 TrainOn = Literal["assistant", "last", "all"]
 
+# The names under which templates know an answer's reasoning; transformers hands each under all of them.
+REASONING = ("reasoning_content", "thinking", "reasoning")
+
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
@@ -94,18 +97,31 @@ class ChatTemplate:
         """The conversation as text. Raises RowError with the template's own message where it refuses."""
         import jinja2
 
+        self._must_print(messages, tools)
         try:
-            return self.tokenizer.apply_chat_template(
-                list(messages),
-                tools=tools,
-                chat_template=self.source,
-                add_generation_prompt=add_generation_prompt,
-                tokenize=False,
+            return str(
+                self.tokenizer.apply_chat_template(
+                    list(messages),
+                    tools=tools,
+                    chat_template=self.source,
+                    add_generation_prompt=add_generation_prompt,
+                    tokenize=False,
+                )
             )
         except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
             raise RowError(
                 f"the chat template refuses the conversation: {str(error) or type(error).__name__}"
             ) from None
+
+    def _must_print(self, messages: Sequence[Message], tools: list[Any] | None) -> None:
+        """What a template has no place for would be lost without a word."""
+        if tools and "tools" not in self.source:
+            raise RowError("the row has 'tools', which the chat template does not print")
+        for number, message in enumerate(messages, start=1):
+            for fields in (("tool_calls",), REASONING):
+                held = [f for f in fields if message.get(f)]
+                if held and not any(f in self.source for f in fields):
+                    raise RowError(f"message {number} has '{held[0]}', which the chat template does not print")
 
     def lay_out(
         self, messages: Sequence[Message], train_on: TrainOn = "assistant", tools: list[Any] | None = None

@@ -130,7 +130,9 @@ def content_hash(value: dict[str, Any]) -> bytes:
     return hashlib.sha256(canonical.encode("utf-8")).digest()[:16]
 
 
-def _render(parsed: Text | Conversation | Pair, template: ChatTemplate | None, train_on: TrainOn) -> tuple:
+def _render(
+    parsed: Text | Conversation | Pair, template: ChatTemplate | None, train_on: TrainOn
+) -> tuple[Rendered, ...]:
     if isinstance(parsed, Text):
         return (Rendered(parsed.text, ((0, len(parsed.text)),), len(parsed.text.encode("utf-8"))),)
     assert template is not None
@@ -155,7 +157,7 @@ def _finish_texts(drafts: list[_Draft], tokenizer: PreTrainedTokenizerFast, limi
         verbose=False,
     )["input_ids"]
     for draft, ids in zip(drafts, encoded, strict=True):
-        skipped = 0 if bos is not None or not ids else len(tokenizer.decode(ids[:1]).encode("utf-8"))
+        skipped = 0 if bos is not None or not ids else len(str(tokenizer.decode(ids[:1])).encode("utf-8"))
         ids = [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
         tokens = np.array(ids, np.int32)
         if len(tokens) < 2:
@@ -203,7 +205,7 @@ def _finish_chats(drafts: list[_Draft], template: ChatTemplate, kind: Kind, limi
 
 
 def _place(draft: _Draft, examples: list[Example], longest: int, skipped_bytes: int, done: Prepared) -> None:
-    """Enter a finished row on its side. ``skipped_bytes``: of its text, those in a first token, which is not trained."""
+    """Enter a finished row on its side. ``skipped_bytes``: those of its first token, where that is not trained."""
     ledger = done.ledger
     size = sum(r.answer_bytes for r in draft.texts) - skipped_bytes
     ledger.longest = max(ledger.longest, longest)

@@ -7,7 +7,7 @@
     conversation   SFT             {"messages"}, {"conversations"} (ShareGPT), {"prompt", "completion"},
                                    {"instruction", "input", "output"} (Alpaca), {"question", "answer"} and the like
     pair           preference      {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} as two whole
-                                   conversations that begin alike (also HH-RLHF's "\\n\\nHuman: ...\\n\\nAssistant: ...")
+                                   conversations that begin alike (or HH-RLHF's strings, "\\n\\nHuman: ...")
 
 A row that does not fit raises ``RowError``: the reason names what was seen and what to write.
 """
@@ -174,8 +174,6 @@ def _prompt(row: dict[str, Any]) -> list[Message]:
     more = row.get("input", row.get("context", "")) if field == "instruction" else ""
     if isinstance(value, str) and isinstance(more, str) and more.strip():
         value = f"{value}\n\n{more}"
-    if isinstance(value, str) and not value.strip():
-        raise RowError(f"empty '{field}'")
     return _turn(value, "user", field)
 
 
@@ -193,6 +191,8 @@ def _answer_field(row: dict[str, Any]) -> str:
 def _turn(value: Any, role: str, field: str) -> list[Message]:
     """A field that may be a string, one message or a list of messages."""
     if isinstance(value, str):
+        if not value.strip():
+            raise RowError(f"empty {'answer: ' if role == 'assistant' else ''}'{field}'")
         human = role == "user" and value.startswith("\n\nHuman:")
         return _from_hh(value) if human else [{"role": role, "content": value}]
     return _messages([value] if isinstance(value, dict) else value, field)
@@ -272,8 +272,6 @@ def _pair(row: dict[str, Any]) -> Pair:
     sides = []
     for field in ("chosen", "rejected"):
         value = row[field]
-        if isinstance(value, str) and not value.strip():
-            raise RowError(f"empty answer: '{field}'")
         whole_hh = isinstance(value, str) and value.startswith("\n\nHuman:")
         sides.append(_from_hh(value) if whole_hh else _turn(value, "assistant", field))
     chosen, rejected = sides

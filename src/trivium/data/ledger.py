@@ -99,6 +99,6 @@ class Ledger:
     def write_quarantine(self, path: Path) -> None:
         """The rows set aside and the over-long ones, as JSON lines ``{"origin", "reason"}``."""
         over = [(o, f"{n} tokens, more than {self.limit}") for o, n in self.over_long_at]
-        with open(path, "w", encoding="utf-8") as stream:
+        with path.open("w", encoding="utf-8") as stream:
             for origin, reason in [*self.set_aside, *over]:
                 stream.write(json.dumps({"origin": origin, "reason": reason}, ensure_ascii=False) + "\n")

@@ -12,7 +12,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from trivium.data.chat import ChatTemplate
+from trivium.data.chat import ChatTemplate, added_bos
 from trivium.data.formats import RowError
 from trivium.errors import ModelError
 
@@ -84,8 +84,6 @@ def _source(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
             "the tokenizer has neither a chat template nor an end-of-sequence token, so no answer could end",
             "Name its end token as eos_token in tokenizer_config.json, or give it a chat template.",
         )
-    from trivium.data.chat import added_bos
-
     has_bos = "true" if added_bos(tokenizer) is not None else "false"
     plain = PLAIN.replace("BOS", has_bos)
     return plain, f"plain role markers ended by {tokenizer.eos_token}, as the tokenizer has no chat template"
@@ -127,8 +125,8 @@ def _with_ending(template: ChatTemplate) -> ChatTemplate:
             stop_id, stop_at = token, end
     if stop_id < 0:
         raise ModelError(
-            f"{template.origin} ends an answer with {text[at:]!r}, which is no token of this tokenizer: "
-            "a model trained on it could never stop",
+            f"{template.origin} ends an answer with {repr(text[at:]) if text[at:] else 'nothing'}, not with a token of "
+            "its own: a model trained on it could not learn to stop",
             "Use a chat template whose turns end with one of the tokenizer's special tokens, such as its EOS"
             + (f" {template.tokenizer.eos_token!r}." if template.tokenizer.eos_token else "."),
         )

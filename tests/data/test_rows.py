@@ -1,0 +1,191 @@
+"""Readers: every row knows its file and line; whatever is broken is named at its line and never raises."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+
+import pytest
+
+from trivium.data.rows import BadRow, Row, files_of, read_rows, sha256_of
+from trivium.errors import DataError
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+real_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no real data in {DATA}")
+
+
+def outcome(path: Path) -> dict[int, str]:
+    """Line -> "ok" or the reason."""
+    return {r.line: r.reason if isinstance(r, BadRow) else "ok" for r in read_rows(path)}
+
+
+def test_hostile_json_lines_are_each_named_at_their_line(tmp_path: Path) -> None:
+    lines = [
+        b'\xef\xbb\xbf{"text": "after a byte order mark"}',
+        b'{"text": "no end',
+        b'["a", "list"]',
+        b"",
+        b'{"text": "\xff"}',
+        b'{"text": "\\ud83d"}',
+        b'{"text": "\\ud83d\\ude00"}',
+        b"null",
+        b"[" * 100_000,
+        b'{"n": ' + b"9" * 5000 + b"}",
+        b'{"text": "fine"}\r',
+        b"\x00",
+        b'{"text": "cut o',
+    ]
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"\n".join(lines))
+    found = outcome(file)
+    assert [n for n, r in found.items() if r == "ok"] == [1, 7, 11]
+    assert set(found) == set(range(1, 14)) - {4}
+    assert "column" in found[2]
+    assert "an array, not an object" in found[3]
+    assert "not UTF-8: byte 0xff at column 11" in found[5]
+    assert "lone surrogate \\ud83d" in found[6]
+    assert "null, not an object" in found[8]
+    assert "cut off" in found[13]
+    assert "cut off" not in found[2]
+    assert next(iter(read_rows(file))).origin == f"{file}:1"
+
+
+def test_json_array_numbers_its_elements(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('[\n{"text": "one"},\n 2,\n{"text": "\\udc00"},\n{"text": "four"}\n]\n')
+    found = outcome(file)
+    assert (found[1], found[4]) == ("ok", "ok")
+    assert "a number" in found[2]
+    assert "surrogate" in found[3]
+
+
+@pytest.mark.parametrize(
+    ("text", "lines", "word"),
+    [
+        ('[{"a": 1}, {"a": 2', {1, 2}, "not JSON"),
+        ('[{"a": 1}', {1, 2}, "cut off"),
+        ('[{"a": 1},', {1, 2}, "']'"),
+        ('[{"a": 1}] and more', {1, 2}, "']'"),
+        ("[", {1}, "']'"),
+        ("", set(), ""),
+        ("[]", set(), ""),
+        ("nonsense", {1}, "not JSON"),
+    ],
+)
+def test_broken_json_arrays(tmp_path: Path, text: str, lines: set[int], word: str) -> None:
+    file = tmp_path / "a.json"
+    file.write_text(text)
+    found = outcome(file)
+    assert set(found) == lines
+    assert not lines or word in found[max(lines)]
+
+
+def test_json_ending_on_lines_or_one_object(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('{"a": 1}\n{"a": 2}\n')
+    assert [r.value["a"] for r in read_rows(file) if isinstance(r, Row)] == [1, 2]
+    file.write_text('{\n"a": 1\n}')
+    assert [r.value for r in read_rows(file) if isinstance(r, Row)] == [{"a": 1}]
+
+
+def test_csv_counts_lines_not_records(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    long = "x" * 200_000
+    head = f'text,n\n"two\nlines",1\n\nplain,2\nonly one\n{long},3\n'.encode()
+    file.write_bytes(head + b'b\xffd,4\nfine,5\n"never closed,6\n')
+    found = outcome(file)
+    assert [n for n, r in found.items() if r == "ok"] == [2, 5, 7, 9]
+    assert "1 cells where the header names 2" in found[6]
+    assert "not UTF-8" in found[8]
+    assert "broken CSV" in found[10]
+    assert next(iter(read_rows(file))).value == {"text": "two\nlines", "n": "1"}
+
+
+def test_text_files_are_one_row(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes("one\r\ntwö\n".encode())
+    (tmp_path / "b.md").write_bytes(b"one\ntwo\n\xe4\n")
+    rows = list(read_rows(tmp_path))
+    assert rows[0] == Row({"text": "one\r\ntwö\n"}, str(tmp_path / "a.txt"), 1)
+    assert rows[1] == BadRow(str(tmp_path / "b.md"), 3, "not UTF-8: byte 0xe4")
+
+
+def test_parquet(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    values = [{"messages": [{"role": "user", "content": str(i)}]} for i in range(3)]
+    pq.write_table(pa.Table.from_pylist(values), tmp_path / "a.parquet")
+    rows = list(read_rows(tmp_path / "a.parquet"))
+    assert [r.value for r in rows if isinstance(r, Row)] == values
+    assert [r.line for r in rows] == [1, 2, 3]
+    packed = tmp_path / "b.parquet.gz"
+    packed.write_bytes(gzip.compress((tmp_path / "a.parquet").read_bytes()))
+    assert [r.line for r in read_rows(packed)] == [1, 2, 3]
+    (tmp_path / "c.parquet").write_bytes((tmp_path / "a.parquet").read_bytes()[:50])
+    assert "parquet" in outcome(tmp_path / "c.parquet")[1]
+
+
+def test_gzip_cut_off_or_no_gzip(tmp_path: Path) -> None:
+    import random
+
+    draw = random.Random(0)
+    lines = [json.dumps({"text": str(draw.random())}) + "\n" for _ in range(3000)]
+    file = tmp_path / "a.jsonl.gz"
+    file.write_bytes(gzip.compress("".join(lines).encode())[:-2000])
+    *good, last = read_rows(file)
+    assert all(isinstance(r, Row) for r in good)
+    assert isinstance(last, BadRow)
+    assert last.line == len(good) + 1
+    assert "cut off" in last.reason
+    file.write_text("no gzip at all")
+    assert "broken" in outcome(file)[1]
+
+
+def test_zst_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trivium.data.rows._zstd", lambda: None)
+    (tmp_path / "a.jsonl.zst").write_bytes(b"x")
+    with pytest.raises(DataError, match="pip install zstandard"):
+        list(read_rows(tmp_path / "a.jsonl.zst"))
+
+
+def test_files_of_folder_glob_and_what_lies_beside(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.json.gz", "README.md", "LICENSE.txt", ".hidden.txt", "x.bin", "sub/c.CSV"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    assert [p.name for p in files_of(tmp_path)] == ["a.json.gz", "b.jsonl", "c.CSV"]
+    assert [p.name for p in files_of(tmp_path / "*.js*")] == ["a.json.gz", "b.jsonl"]
+    assert [p.name for p in files_of(tmp_path / "README.md")] == ["README.md"]
+
+
+def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text("")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"trian\.jsonl; did you mean 'train\.jsonl'\?"):
+        files_of(tmp_path / "trian.jsonl")
+    with pytest.raises(DataError, match="no such file or folder: .*nowhere\n"):
+        files_of(tmp_path / "nowhere" / "deep" / "a.jsonl")
+    with pytest.raises(DataError, match="no data files"):
+        files_of(tmp_path / "empty")
+    with pytest.raises(DataError, match="no data files"):
+        files_of(tmp_path / "*.parquet")
+    (tmp_path / "x.docx").write_text("")
+    with pytest.raises(DataError, match=r"\.jsonl, \.ndjson"):
+        files_of(tmp_path / "x.docx")
+
+
+def test_hash_is_of_contents_in_order(tmp_path: Path) -> None:
+    a, b, c = (tmp_path / n for n in ("a.txt", "b.txt", "c.txt"))
+    a.write_text("1"), b.write_text("2"), c.write_text("1")
+    assert sha256_of([a, b]) == sha256_of([c, b]) != sha256_of([b, a])
+    assert sha256_of([a]) != sha256_of([b])
+
+
+@real_data
+@pytest.mark.parametrize("folder", ["tinystories", "pretrain", "sft", "pref", "eval"])
+def test_real_data_has_no_bad_row(folder: str) -> None:
+    count = 0
+    for row in read_rows(DATA / folder):
+        assert isinstance(row, Row), f"{row.origin}: {row.reason}"
+        count += 1
+    assert count > 10
