@@ -5,11 +5,11 @@ from __future__ import annotations
 import copy
 import math
 
-import peft
 import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
+import peft
 from trivium.errors import ModelError
 from trivium.peft import LoRASettings
 from trivium.peft.base import attach, deltas, merge

@@ -105,7 +105,7 @@ METHODS: dict[str, Method] = {
 
 def settings_for(name: str, values: Mapping[str, Any]) -> Settings:
     """The settings of method ``name`` with ``values`` filled in. Raises RecipeError for an unknown name or key."""
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         known = listed(METHODS)
         raise RecipeError(f"there is no method {name!r}{nearest(str(name), METHODS)}", f"Methods: {known}.")
     names = [one.name for one in fields(METHODS[name].settings)]
