@@ -84,6 +84,7 @@ class Forest:
     sequence: torch.Tensor  # [K] int64
     sequences: int  # S
     segments: tuple[Segment, ...]
+    examples: tuple[Example, ...] = ()  # what it was laid out from, in order of their sequences
 
     def to(self, device: torch.device | str) -> Forest:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -120,6 +121,7 @@ def lay_out(examples: Iterable[Example], share: bool = True) -> Forest:
     """
     import torch
 
+    examples = tuple(examples)
     flat = [s for e in examples for s in e.sequences]
     line, where, end = _lines([s.inputs for s in flat], MIN_SHARED if share else None)
     depth = np.empty(len(line), np.int64)
@@ -146,6 +148,7 @@ def lay_out(examples: Iterable[Example], share: bool = True) -> Forest:
         sequence=tensor(sequence, np.int64),
         sequences=len(flat),
         segments=segments_of(end, depth),
+        examples=examples,
     )
 
 
@@ -155,7 +158,7 @@ def _lines(inputs: list[np.ndarray], min_shared: int | None) -> tuple[np.ndarray
     Sorted sequences are a trie read depth-first: each keeps the longest beginning it has in common with the one
     before it and adds the rest. ``min_shared=None`` shares nothing and keeps the given order.
     """
-    order = range(len(inputs))
+    order: Iterable[int] = range(len(inputs))
     if min_shared is not None:
         # big-endian bytes sort as the numbers do
         keys = [i.astype(">u4").tobytes() for i in inputs]

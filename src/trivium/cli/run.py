@@ -1,0 +1,42 @@
+"""``trivium run`` and ``trivium demo``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def add_to(app: typer.Typer) -> None:
+    app.command("run")(run)
+    app.command("demo")(demo)
+
+
+def run(
+    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. stages.chat.learning_rate=1e-4")
+    ] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="The run's folder; left out: runs/NAME.")] = None,
+    until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
+) -> None:
+    """Carry out a recipe; finished stages are not run again."""
+    from trivium.recipe import read_recipe
+    from trivium.run import run_recipe, table
+
+    read = read_recipe(recipe, set_)
+    folder = out or Path("runs") / read.name
+    summary = run_recipe(read, folder, until)
+    print(table(summary))
+    print(f"\n{folder / 'summary.json'}")
+
+
+def demo(
+    out: Annotated[Path, typer.Option("--out", help="The run's folder.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of the story world and the run.")] = 0,
+) -> None:
+    """The three steps on an embedded story world, from random weights, on any machine."""
+    from trivium.demo.show import run_demo
+
+    run_demo(out, seed)

@@ -1,0 +1,80 @@
+"""``trivium generate``, ``chat`` and ``inspect``: to use and look at what was trained."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+Folder = Annotated[str, typer.Argument(metavar="DIR", help="A model or adapter folder, a .gguf file, or a hub id.")]
+Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")]
+Most = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after so many tokens.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+
+
+def add_to(app: typer.Typer) -> None:
+    for command in (generate, chat, inspect):
+        app.command(command.__name__)(command)
+
+
+def generate(
+    folder: Folder,
+    prompt: Annotated[str, typer.Argument(help="What to answer, or with --raw to continue; - reads standard input.")],
+    temperature: Temperature = 0.0,
+    max_new_tokens: Most = 256,
+    seed: Seed = 0,
+    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without the chat template.")] = False,
+) -> None:
+    """Answer one prompt."""
+    from trivium.model.generate import Talker
+
+    talker = Talker.open(folder)
+    prompt = sys.stdin.read() if prompt == "-" else prompt
+    ids = talker.raw_prompt(prompt) if raw else talker.prompt([{"role": "user", "content": prompt}])
+    for piece in talker.stream(ids, max_new_tokens, temperature, seed):
+        print(piece, end="", flush=True)
+    print()
+
+
+def chat(
+    folder: Folder,
+    temperature: Temperature = 0.7,
+    max_new_tokens: Most = 512,
+    seed: Seed = 0,
+    system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
+) -> None:
+    """Talk to a model; an empty line or Ctrl-D ends."""
+    from trivium.model.generate import Talker
+
+    talker = Talker.open(folder)
+    messages = [{"role": "system", "content": system}] if system else []
+    print("(an empty line ends)", file=sys.stderr)
+    while True:
+        try:
+            said = input("> ").strip()
+        except EOFError:
+            break
+        if not said:
+            break
+        messages.append({"role": "user", "content": said})
+        answer = ""
+        for piece in talker.stream(talker.prompt(messages), max_new_tokens, temperature, seed):
+            print(piece, end="", flush=True)
+            answer += piece
+        print()
+        messages.append({"role": "assistant", "content": answer})
+        seed += 1
+
+
+def inspect(folder: Folder, json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
+    """What a folder is: kind, parameters, bytes, and its whole lineage."""
+    from trivium.inspect import described, shown
+
+    found = described(folder)
+    if json:
+        import json as codec
+
+        print(codec.dumps(found, indent=1, ensure_ascii=False))
+    else:
+        print(shown(found))

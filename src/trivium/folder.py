@@ -1,0 +1,143 @@
+"""What a folder holds: a whole model, or one adapter on one base; and everything it can tell about how it was made.
+
+A stage's folder is what `transformers` (full) or `peft` (LoRA) loads as it is, with ``trivium.json`` beside it:
+identity, parent, data, settings, versions, metrics, rows, costs, and the lineage back to the first base.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trivium.errors import ModelError
+from trivium.files import read_json, sha256_file, sha256_json
+from trivium.model.language_model import LanguageModel
+from trivium.model.load import load_base, quiet
+from trivium.peft.settings import FullSettings, Settings
+
+RECORD = "trivium.json"
+
+
+@dataclass
+class Opened:
+    """A model ready to use. ``base`` is where an adapter's base lies (None: it is a whole model itself)."""
+
+    model: LanguageModel
+    settings: Settings
+    base: str | None
+    notes: list[str] = field(default_factory=list)
+
+
+def record_of(folder: Path) -> dict[str, Any] | None:
+    """The folder's ``trivium.json``, or None where it was not made here."""
+    path = folder / RECORD
+    record = read_json(path) if path.is_file() else None
+    if record is not None and not (isinstance(record, dict) and isinstance(record.get("identity"), str)):
+        raise ModelError(f"{path}: not a record of trivium", "restore the folder")
+    return record
+
+
+def is_adapter(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file()
+
+
+def open_folder(
+    source: str, dtype: str = "float32", device: str = "cpu", overrides: dict[str, Any] | None = None
+) -> Opened:
+    """Open a model or adapter folder, GGUF file or hub id for use or further training.
+
+    Raises ModelError where it is not there, is damaged, or is an adapter for another base.
+    """
+    folder = Path(source).expanduser()
+    if not (folder.is_dir() and is_adapter(folder)):
+        return Opened(load_base(source, dtype, device, overrides), FullSettings(), None)
+    from trivium.peft import folder as adapter
+
+    base = base_of(folder)
+    opened = open_folder(base, dtype, device, overrides)
+    if opened.base is not None:
+        raise ModelError(f"{folder}: its base {base} is itself an adapter", "merge the base first")
+    attached = adapter.load(opened.model.hf, folder)
+    if (folder / "tokenizer_config.json").is_file():
+        opened.model.tokenizer = load_tokenizer(folder)
+    return Opened(opened.model, attached.settings, base, attached.notes)
+
+
+def load_tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    with quiet():
+        try:
+            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        except Exception as error:  # tokenizers raises bare Exception for a damaged file
+            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
+            raise ModelError(f"{folder}: its tokenizer cannot be loaded: {reason}", "restore the folder") from None
+
+
+def base_of(folder: Path) -> str:
+    """Where an adapter's base lies: beside it as recorded, where it was, or a hub id. Raises ModelError."""
+    from trivium.peft.folder import read_config
+
+    record = record_of(folder) or {}
+    recorded = record.get("base") or {}
+    named = read_config(folder).get("base_model_name_or_path")
+    tried = []
+    for place in (recorded.get("path"), recorded.get("source"), named):
+        if not isinstance(place, str) or not place:
+            continue
+        relative = (folder / place).resolve()
+        for candidate in (relative, Path(place)):
+            if candidate.exists():
+                _check_base(folder, recorded, candidate)
+                return str(candidate)
+        tried.append(place)
+    if not tried:
+        raise ModelError(f"{folder}: an adapter that names no base", "write base_model_name_or_path in its adapter_config.json")
+    if tried[-1].count("/") == 1 and not tried[-1].startswith((".", "/", "~")):
+        return tried[-1]
+    raise ModelError(f"{folder}: its base model is not at {tried[-1]}", "put the base back there, or beside the adapter's folder")
+
+
+def _check_base(folder: Path, recorded: dict[str, Any], base: Path) -> None:
+    """An adapter made here is refused on another stage's model, also where the shapes happen to fit."""
+    found = record_of(base) if base.is_dir() else None
+    if found is not None and recorded.get("identity") not in (None, found["identity"]):
+        raise ModelError(
+            f"{folder}: an adapter for another base: {base} has changed since (identity {found['identity'][:12]}, "
+            f"wanted {recorded['identity'][:12]})",
+            "train the adapter again on this base, or restore the base",
+        )
+
+
+def relative(path: str | Path, start: Path) -> str:
+    """``path`` as seen from ``start``, so that a run can be moved as a whole."""
+    return os.path.relpath(Path(path).resolve(), start.resolve())
+
+
+def identity_of(source: str) -> str:
+    """A model's identity: its record's, or a hash of its files; for a hub id, of the name and revision."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        record = record_of(path)
+        if record is not None:
+            return str(record["identity"])
+        wanted = (".safetensors", ".json", ".jinja", ".model", ".txt")
+        names = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in wanted)
+        own = sha256_json({p.name: sha256_file(p) for p in names})
+        return sha256_json([own, identity_of(base_of(path))]) if is_adapter(path) else own
+    if path.is_file():
+        return sha256_file(path)
+    return sha256_json({"hub": source, "revision": _revision(source)})
+
+
+def _revision(source: str) -> str | None:
+    from transformers.utils import cached_file
+    from transformers.utils.hub import extract_commit_hash
+
+    with quiet():
+        try:
+            return extract_commit_hash(cached_file(source, "config.json"), None)
+        except Exception:  # whatever the hub's client raises, loading the model will say it better
+            return None

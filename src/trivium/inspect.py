@@ -1,0 +1,81 @@
+"""What a folder is, read from its files without loading a weight."""
+
+from __future__ import annotations
+
+import json
+import math
+import struct
+from pathlib import Path
+from typing import Any
+
+from trivium.errors import ModelError
+from trivium.files import folder_bytes, read_json
+from trivium.folder import base_of, is_adapter, record_of
+from trivium.model.load import locate
+from trivium.train.log import size
+
+MOST_HEADER = 100 * 2**20  # a safetensors header larger than this is damage
+
+
+def described(source: str) -> dict[str, Any]:
+    """Kind, architecture, parameters, bytes, dtype, base, lineage. Raises ModelError for what is no model folder."""
+    folder = Path(source).expanduser()
+    if not folder.exists():
+        raise ModelError(f"{source}: no such folder", "give a model or adapter folder")
+    if folder.is_file():
+        locate(source)
+        return {"path": str(folder), "kind": "GGUF file", "bytes": folder.stat().st_size}
+    record = record_of(folder) or {}
+    found: dict[str, Any] = {"path": str(folder)}
+    if is_adapter(folder):
+        found |= {"kind": "adapter", "base": base_of(folder)}
+        weights = ["adapter_model.safetensors"]
+    else:
+        locate(source)
+        found |= {"kind": "model", "architecture": read_json(folder / "config.json").get("model_type")}
+        weights = sorted(p.name for p in folder.glob("*.safetensors"))
+    tensors = [header(folder / name) for name in weights]
+    dtypes = sorted({t["dtype"] for h in tensors for t in h.values()})
+    found["parameters"] = sum(math.prod(t["shape"]) for h in tensors for t in h.values())
+    found |= {"bytes": folder_bytes(folder, ".safetensors"), "dtype": ", ".join(dtypes)}
+    keys = ("name", "stage", "method", "identity", "trained_parameters", "total_parameters", "metrics", "rows", "lineage")
+    return found | {k: record[k] for k in keys if k in record}
+
+
+def header(path: Path) -> dict[str, Any]:
+    """The tensors a safetensors file declares; every size is checked against the file's length."""
+    try:
+        length = path.stat().st_size
+        with path.open("rb") as file:
+            (size_of,) = struct.unpack("<Q", file.read(8))
+            if size_of > min(length - 8, MOST_HEADER):
+                raise ValueError("its header is longer than the file")
+            found = json.loads(file.read(size_of))
+        found.pop("__metadata__", None)
+        assert all(isinstance(t["shape"], list) and isinstance(t["dtype"], str) for t in found.values())
+        return dict(found)
+    except (OSError, ValueError, struct.error, KeyError, TypeError, AssertionError, AttributeError) as error:
+        raise ModelError(f"{path}: not a safetensors file ({error})", "restore the file, or train the stage again") from None
+
+
+def shown(found: dict[str, Any]) -> str:
+    """The same for a person."""
+    lines = [f"{found['path']}: {found['kind']}"]
+    if "architecture" in found:
+        lines[0] += f" ({found['architecture']})"
+    if "parameters" in found:
+        lines.append(f"  parameters  {found['parameters']:,} ({found['dtype']}), {size(found['bytes'])}")
+    else:
+        lines.append(f"  bytes       {size(found['bytes'])}")
+    if "base" in found:
+        lines.append(f"  base        {found['base']}")
+    if "stage" in found:
+        lines.append(f"  made by     {found['stage']}, {found['method']}, stage '{found['name']}'")
+    for when in ("before", "after"):
+        metrics = {k.removeprefix(f"{when}_"): v for k, v in found.get("metrics", {}).items() if k.startswith(when)}
+        if metrics:
+            lines.append(f"  {when:<10}  " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+    for depth, link in enumerate(found.get("lineage", [])):
+        method = f", {link['method']}" if link.get("method") else ""
+        lines.append(f"  {'lineage' if not depth else '':<10}  {'  ' * depth}{link['name']} ({link['stage']}{method})  {link['identity'][:12]}")
+    return "\n".join(lines)

@@ -1,0 +1,44 @@
+"""Learning from pairs of answers: the chosen should become likelier than the rejected, measured against the parent.
+
+Shapes:  K entries,  S = 2N sequences (chosen, rejected, chosen, ...),  N pairs.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from trivium.forest import Forest
+from trivium.objectives.base import Objective, Result, per_sequence
+
+
+def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
+    """``[N]`` losses of DPO, Rafailov et al. 2023, eq. 7.
+
+    ``chosen``, ``rejected`` ``[N]``: log pi(y|x) - log pi_ref(y|x), summed over the answer's tokens.
+    """
+    return -F.logsigmoid(beta * (chosen - rejected))
+
+
+def dpo(beta: float) -> Objective:
+    """Direct preference optimisation. One pair weighs 1; before the first step the loss is ln 2."""
+
+    def compute(logprob: Tensor, forest: Forest, reference: Tensor | None) -> Result:
+        assert reference is not None, "DPO compares with the parent"
+        chosen, rejected = per_sequence(forest.weight * (logprob - reference), forest).view(-1, 2).unbind(1)
+        loss = dpo_loss(chosen, rejected, beta).sum()
+        policy = per_sequence(forest.weight * logprob.detach(), forest).view(-1, 2).sum(0)
+        margin = (beta * (chosen - rejected)).detach()
+        stats = {
+            "loss": loss.detach(),
+            # a tie is half a success: what guessing would give
+            "accuracy": ((margin > 0).float() + 0.5 * (margin == 0).float()).sum(),
+            "margin": margin.sum(),
+            "logprob_chosen": policy[0],
+            "logprob_rejected": policy[1],
+        }
+        return Result(loss, stats)
+
+    return Objective(f"dpo(beta={beta})", compute, lambda forest: forest.sequences / 2, True, math.log(2))

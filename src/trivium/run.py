@@ -1,0 +1,300 @@
+"""Carries a recipe out: the order of stages, what need not be run again, and each folder's lineage.
+
+A stage's identity is a hash of its parent, its data and the settings that can change the result. A finished folder
+with the same identity is kept; everything after a changed stage runs again. A folder is whole or absent.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from trivium.errors import ModelError, RecipeError, listed, nearest
+from trivium.files import finish_folder, make_folder, sha256_json, start_folder, write_json
+from trivium.recipe import Recipe, Stage
+from trivium.stages import STAGES, identity_settings, resolve
+from trivium.train.log import clock, say, size
+
+SUMMARY = "summary.json"
+BASE = "model"  # where a base is written that no path names: new, dequantised, or with overrides
+
+
+@dataclass(frozen=True)
+class Link:
+    """One place of the chain: a finished stage, or the model it all starts from."""
+
+    source: str  # folder, file or hub id
+    identity: str
+    lineage: list[dict[str, Any]]
+
+
+def run_recipe(recipe: Recipe, out: Path, until: str | None = None) -> dict[str, Any]:
+    """Run what has to be run; writes ``summary.json`` and returns it."""
+    _check_until(recipe, until)
+    make_folder(out)
+    settings: dict[str, Stage] = {}
+    links: dict[str, Link] = {}
+    summary: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, "stages": []}
+    start: Link | None = None
+    for stage in recipe.stages:
+        parent = settings.get(stage.from_) if stage.from_ else None
+        full, notes = resolve(stage, recipe, parent)
+        settings[stage.name] = full
+        say(f"{stage.name}: {stage.stage} from {stage.from_ or 'the model'}")
+        for note in notes:
+            say(f"  {note}")
+        if stage.from_ is None and start is None:
+            start = _start(recipe, full, out)
+        came_from = links[stage.from_] if stage.from_ else start
+        assert came_from is not None
+        record = _stage(recipe, full, came_from, out)
+        links[stage.name] = Link(str(out / stage.name), record["identity"], record["lineage"])
+        summary["stages"].append(_summary_of(record))
+        write_json(out / SUMMARY, summary)
+        if stage.name == until:
+            break
+    return summary
+
+
+def _check_until(recipe: Recipe, until: str | None) -> None:
+    names = [s.name for s in recipe.stages]
+    if until is not None and until not in names:
+        raise RecipeError(f"--until {until}: no such stage{nearest(until, names)}", f"stages: {', '.join(names)}")
+
+
+def _stage(recipe: Recipe, stage: Stage, parent: Link, out: Path) -> dict[str, Any]:
+    """Run one stage, or find it done."""
+    from trivium.folder import record_of, relative
+
+    data = _data_hashes(stage)
+    identity = sha256_json({"parent": parent.identity, "data": data, "settings": identity_settings(stage)})
+    final = out / stage.name
+    found = record_of(final) if final.is_dir() else None
+    if found is not None and found["identity"] == identity:
+        say(f"  done before ({identity[:12]}), not run again")
+        return found
+    if final.exists() and found is None:
+        raise ModelError(f"{final}: in the way, and not a folder of trivium", "move it away, or choose another --out")
+    started = time.perf_counter()
+    partial = start_folder(final)
+    run, base = _opened(recipe, stage, parent, out, partial)
+    opening = time.perf_counter() - started
+    from trivium.stage_runner import run_stage
+
+    report = run_stage(run)
+    report["setup_seconds"] += opening
+    own = {"name": stage.name, "stage": stage.stage, "method": (stage.method or {})["name"], "identity": identity}
+    record = {
+        "trivium": 1,
+        **own,
+        "parent": {"path": relative(parent.source, final) if Path(parent.source).exists() else parent.source,
+                   "source": parent.source, "identity": parent.identity},
+        "base": base(),
+        "data": {"paths": stage.data, **data},
+        "settings": stage.model_dump(by_alias=True, exclude_none=True),
+        **report,
+        "lineage": [*parent.lineage, own],
+    }  # fmt: skip
+    write_json(partial / "trivium.json", record)
+    finish_folder(partial, final)
+    say(f"  saved {final} ({size(record['bytes_on_disk'])}, {clock(time.perf_counter() - started)})")
+    return record
+
+
+def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path) -> tuple[Any, Any]:
+    """The stage under way, and a function that tells where an adapter's base lies once it is known."""
+    from trivium.folder import identity_of, open_folder, relative
+    from trivium.peft import base as deltas
+    from trivium.peft.settings import FullSettings, settings_for
+    from trivium.stage_runner import StageRun
+    from trivium.train.machine import pick_device, pick_dtype
+
+    device = pick_device(stage.device)
+    new = parent.source == "new"
+    dtype = pick_dtype(stage.dtype, device)
+    opened = _new(recipe, out, dtype, device) if new else open_folder(parent.source, dtype, device, _overrides(recipe, parent))
+    method = stage.method or {"name": "full"}
+    wanted = settings_for(method["name"], {k: v for k, v in method.items() if k != "name"})
+    place = opened.base or parent.source
+    if not isinstance(opened.settings, FullSettings) and opened.settings != wanted:
+        say("  another method than its parent's: the parent's adapter is merged into its base first")
+        deltas.merge(opened.model.hf)
+        opened.settings, opened.base = FullSettings(), None
+        place = "merged"
+    written: dict[str, str] = {}
+
+    def adapter_base() -> str:
+        """Where the frozen base lies; written beside the stages where no folder holds it as it is used."""
+        if "source" not in written:
+            beside = _needs_writing(place, recipe, parent)
+            folder = out / (f"{stage.name}-base" if place == "merged" else BASE)
+            written["source"] = str(_written(opened.model, folder).resolve()) if beside else place
+        return written["source"]
+
+    def base() -> dict[str, Any] | None:
+        if "source" not in written:
+            return None
+        source, final = written["source"], out / stage.name
+        local = Path(source).exists()
+        return {"path": relative(source, final) if local else source, "source": source, "identity": identity_of(source)}
+
+    return StageRun(stage, opened, partial, adapter_base), base
+
+
+def _needs_writing(place: str, recipe: Recipe, parent: Link) -> bool:
+    return place in ("new", "merged") or place.endswith(".gguf") or bool(_overrides(recipe, parent))
+
+
+def _written(model: Any, folder: Path) -> Path:
+    """Write a base as a whole model, once for the run; what is there already is overwritten, whole."""
+    from trivium.data.templates import chat_template
+    from trivium.stage_runner import save_model
+
+    partial = start_folder(folder)
+    save_model(model, partial, chat_template(model.tokenizer))
+    finish_folder(partial, folder)
+    say(f"  the frozen base is written to {folder}")
+    return folder
+
+
+# --- what it all starts from
+
+
+def _start(recipe: Recipe, stage: Stage, out: Path) -> Link:
+    """The model of the recipe; a new one is only described here, and made by the first stage."""
+    from trivium.folder import identity_of, record_of
+
+    model = recipe.model
+    if isinstance(model, dict) and "architecture" in model:
+        if stage.stage != "pretrain" and "tokenizer" not in model:
+            remedy = "add a pretrain stage first, or give model.tokenizer: a folder with one"
+            raise RecipeError(f"stages.{stage.name}: a new model has no tokenizer to begin a {stage.stage} stage with", remedy)
+        _tokenizer(recipe, stage, out)
+        identity = sha256_json({"model": {k: v for k, v in model.items() if k != "tokenizer"}, "seed": recipe.seed,
+                                "tokenizer": identity_of(str(out / "tokenizer"))})  # fmt: skip
+        return Link("new", identity, [{"name": "new", "stage": "random weights", "method": None, "identity": identity}])
+    source = model if isinstance(model, str) else str(model["path"])
+    found = record_of(Path(source)) if Path(source).is_dir() else None
+    identity = identity_of(source)
+    lineage = found["lineage"] if found else [{"name": source, "stage": "given", "method": None, "identity": identity}]
+    changes = {k: v for k, v in model.items() if k != "path"} if isinstance(model, dict) else {}
+    return Link(source, sha256_json([identity, changes]) if changes else identity, lineage)
+
+
+def _overrides(recipe: Recipe, parent: Link) -> dict[str, Any]:
+    """What the recipe changes in the config of the model it starts from."""
+    if not isinstance(recipe.model, dict) or parent.source != recipe.model.get("path"):
+        return {}
+    return {k: v for k, v in recipe.model.items() if k not in ("path", "add_tokens")}
+
+
+def _tokenizer(recipe: Recipe, stage: Stage, out: Path) -> None:
+    """The tokenizer of a new model, in ``out/tokenizer``: the one given, or trained on the first stage's text."""
+    from trivium.data.hub import local
+    from trivium.folder import load_tokenizer, record_of
+
+    assert isinstance(recipe.model, dict)
+    final, given = out / "tokenizer", recipe.model.get("tokenizer")
+    size_asked = recipe.model.get("vocab_size", 4096)
+    if not isinstance(size_asked, int) or isinstance(size_asked, bool):
+        raise RecipeError(f"model.vocab_size: {size_asked!r} is not a number of tokens", "e.g. vocab_size: 2048")
+    made_from = {"given": given} if given else {"data": _data_hashes(stage)["sha256"], "vocab_size": size_asked}
+    identity = sha256_json(made_from)
+    found = record_of(final) if final.is_dir() else None
+    if found is not None and found["identity"] == identity:
+        return
+    partial = start_folder(final)
+    if given:
+        tokenizer = load_tokenizer(Path(given))
+    else:
+        from trivium.data.tokenizer import train_tokenizer
+
+        started = time.perf_counter()
+        paths = [stage.data] if isinstance(stage.data, str) else stage.data
+        tokenizer = train_tokenizer(_texts([local(p) for p in paths]), size_asked)
+        say(f"  tokenizer: {len(tokenizer):,} tokens, trained in {clock(time.perf_counter() - started)}")
+    tokenizer.save_pretrained(partial)
+    write_json(partial / "trivium.json", {"trivium": 1, "identity": identity, "made_from": made_from, "lineage": []})
+    finish_folder(partial, final)
+
+
+def _texts(paths: list[Path]) -> Any:
+    from trivium.data.rows import BadRow, read_rows
+
+    for path in paths:
+        for row in read_rows(path):
+            if not isinstance(row, BadRow) and isinstance(row.value.get("text"), str):
+                yield row.value["text"]
+
+
+def _new(recipe: Recipe, out: Path, dtype: str, device: str) -> Any:
+    import torch
+
+    from trivium.folder import Opened, load_tokenizer
+    from trivium.model.load import quiet, wrap
+    from trivium.model.new import new_config, new_model
+    from trivium.peft.settings import FullSettings
+
+    assert isinstance(recipe.model, dict)
+    tokenizer = load_tokenizer(out / "tokenizer")
+    sizes = {k: v for k, v in recipe.model.items() if k != "tokenizer"}
+    with quiet():
+        config = new_config(sizes, tokenizer)
+        hf = new_model(config, recipe.seed)
+    model = wrap(hf.to(device).eval(), tokenizer, dtype, torch.float32)
+    say(f"  new {sizes['architecture']}: {model.parameters():,} parameters, vocabulary {len(tokenizer):,}")
+    return Opened(model, FullSettings(), None)
+
+
+def _data_hashes(stage: Stage) -> dict[str, Any]:
+    """SHA-256 of the files a stage reads; raises DataError where one is missing."""
+    from trivium.data.hub import local
+    from trivium.data.rows import files_of, sha256_of
+
+    paths = [stage.data] if isinstance(stage.data, str) else stage.data
+    hashes: dict[str, Any] = {"sha256": sha256_of([f for p in paths for f in files_of(local(p))])}
+    if isinstance(stage.eval_data, str):
+        hashes["eval_sha256"] = sha256_of(files_of(local(stage.eval_data)))
+    return hashes
+
+
+# --- what is told at the end
+
+SHOWN = (
+    "name", "stage", "method", "trained_parameters", "total_parameters", "bytes_on_disk", "seconds", "setup_seconds",
+    "reference_seconds", "eval_seconds", "save_seconds", "tokens", "trained_tokens", "tokens_per_second",
+    "peak_memory_bytes", "metrics",
+)  # fmt: skip
+
+
+def _summary_of(record: dict[str, Any]) -> dict[str, Any]:
+    return {key: record[key] for key in SHOWN}
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The end-of-run table, as plain text that fits a terminal of 100 columns."""
+    head = ("stage", "method", "trained", "seconds", "tokens/s", "memory", "on disk", "held-out loss", "accuracy")
+    rows = [head]
+    for s in summary["stages"]:
+        m = s["metrics"]
+
+        def change(name: str, m: dict[str, float] = m) -> str:
+            if f"after_{name}" not in m:
+                return "-"
+            return f"{m[f'before_{name}']:.3f} -> {m[f'after_{name}']:.3f}"
+
+        rows.append(
+            (s["name"], s["method"], f"{s['trained_parameters']:,}", f"{s['seconds']:.0f}",
+             f"{s['tokens_per_second']:,.0f}", size(s["peak_memory_bytes"]), size(s["bytes_on_disk"]),
+             change("loss"), change("accuracy"))
+        )  # fmt: skip
+    widths = [max(len(r[c]) for r in rows) for c in range(len(head))]
+    left = (0, 1)
+    lines = ["  ".join(v.ljust(w) if c in left else v.rjust(w) for c, (v, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def stage_names() -> str:
+    return listed(STAGES)

@@ -1,0 +1,394 @@
+"""Carries out one stage: model, method, data, objective, trainer, in that order; then saves and measures.
+
+Everything before the first step is proof: packed equals separate on this model and backend, the first loss is what
+the objective declares. Final metrics are taken on what was saved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import platform
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trivium import __version__
+from trivium.data.chat import ChatTemplate
+from trivium.data.examples import Prepared, prepare
+from trivium.data.hub import local
+from trivium.data.loader import Batching, RunOrder, pack
+from trivium.data.templates import chat_template
+from trivium.errors import DataError, ModelError, RecipeError
+from trivium.evaluate.held_out import evaluate
+from trivium.files import folder_bytes
+from trivium.folder import Opened
+from trivium.forest import Example, Forest, lay_out
+from trivium.model.language_model import LanguageModel
+from trivium.model.proof import TOLERANCE, Proof, prove
+from trivium.objectives import objective
+from trivium.peft import base as deltas
+from trivium.peft import folder as adapter
+from trivium.peft.settings import FullSettings, Settings, settings_for
+from trivium.recipe import Stage
+from trivium.stages import STAGES
+from trivium.train import recompute
+from trivium.train.log import TrainingLog, say, size
+from trivium.train.loop import StepLog, Task, train
+from trivium.train.machine import PeakMemory, free_memory
+from trivium.train.optimizer import build_optimizers
+from trivium.train.reference import Remembered, UnderParent, no_reference
+from trivium.train.schedule import factor
+
+HELD_OUT_MOST = 200  # rows taken off the data for evaluation, at most
+PROOF_ROWS = 4
+
+
+@dataclass
+class Costs:
+    """Seconds of a stage by what they were spent on; ``seconds`` is the training loop alone."""
+
+    seconds: float = 0.0
+    setup_seconds: float = 0.0
+    reference_seconds: float = 0.0
+    eval_seconds: float = 0.0
+    save_seconds: float = 0.0
+    tokens: int = 0
+    trained_tokens: int = 0
+
+    @contextlib.contextmanager
+    def clock(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        setattr(self, name, getattr(self, name) + time.perf_counter() - started)
+
+
+@dataclass
+class StageRun:
+    """One stage under way: what it starts from, and where it is written."""
+
+    stage: Stage
+    opened: Opened
+    folder: Path  # the partial folder; the caller puts it in its place
+    adapter_base: Callable[[], str]  # where the frozen base lies on disk, written there if need be
+    costs: Costs = field(default_factory=Costs)
+
+    @property
+    def model(self) -> LanguageModel:
+        return self.opened.model
+
+
+def run_stage(run: StageRun) -> dict[str, Any]:
+    """Train the stage and write its folder; returns its part of the record."""
+    stage, model, costs = run.stage, run.model, run.costs
+    peak = PeakMemory(str(model.device))
+    with costs.clock("setup_seconds"):
+        template = chat_template(model.tokenizer)
+        data, held_out = _data(stage, model, template)
+        base = run.adapter_base() if stage.method and stage.method["name"] != "full" else None
+        settings, parent = _attach(run)
+        _set_dropout(model, stage.dropout or 0.0)
+        order = _order(stage, data.examples)
+        goal = objective(str(stage.loss), stage.beta)
+        proof = prove(model, _probe(data.examples))
+        say(f"  {proof.line()}")
+        model.layout = proof.layout
+
+    def forests(examples: list[Example]) -> Iterator[Forest]:
+        groups = pack(list(range(len(examples))), [e.tokens for e in examples], int(stage.micro_batch_tokens or 1))
+        yield from (lay_out([examples[i] for i in g]).to(model.device) for g in groups)
+
+    with model.laid_out(proof.layout), contextlib.ExitStack() as stack:
+        held_out_forests = list(forests(held_out))
+        with costs.clock("reference_seconds"):
+            reference: Any = no_reference
+            if goal.needs_reference and isinstance(settings, FullSettings):
+                say("  the parent's log-probabilities are computed once, as its weights are about to change")
+                reference = Remembered(model.logprob, [*forests(_used(order, data.examples)), *held_out_forests])
+            elif goal.needs_reference:
+                reference = UnderParent(model.logprob, lambda: _as_parent(model, parent))
+        with costs.clock("setup_seconds"):
+            _prove_start(goal, model, reference, data.examples, proof)
+            stack.enter_context(recompute.recomputed(model.decoder_layers(), _recompute(stage, model, data.examples)))
+        before = _evaluate(run, goal, reference, held_out_forests)
+        log = TrainingLog(run.folder / "metrics.jsonl", stage.name, len(order), peak)
+        stack.callback(log.close)
+        if before:
+            log.evaluated(0, before, 0.0)
+
+        def after_step(step: StepLog) -> None:
+            costs.seconds += step.seconds
+            costs.tokens += step.tokens
+            costs.trained_tokens += step.trained_tokens
+            log.step(step)
+            if held_out_forests and step.step % eval_every == 0 and step.step < len(order):
+                started = time.perf_counter()
+                with _dropout_off(model):
+                    metrics = _evaluate(run, goal, reference, held_out_forests)
+                log.evaluated(step.step, metrics, time.perf_counter() - started)
+
+        eval_every = stage.eval_every or max(1, math.ceil(len(order) / 3))
+        task = Task(
+            objective=goal,
+            logprob=model.logprob,
+            reference=reference,
+            batches=lambda n: (lay_out([data.examples[i] for i in g]).to(model.device) for g in order[n]),
+            steps=len(order),
+            rate=lambda n: factor(n, len(order), str(stage.schedule), stage.warmup_ratio or 0.0),
+            optimizers=_optimizers(stage, model),
+            max_grad_norm=float(stage.max_grad_norm or 1.0),
+        )
+        deltas.dropping(model.hf, True)
+        say(f"  {len(order)} steps over {order.epochs:.2f} epochs of {len(data.examples):,} examples")
+        train(task, after_step)
+        deltas.dropping(model.hf, False)
+        _set_dropout(model, 0.0)
+        with costs.clock("save_seconds"):
+            _round_to(model.hf, model.saved_dtype)
+            _save(run, settings, base, template)
+        after = _evaluate(run, goal, reference, held_out_forests)
+        if after:
+            log.evaluated(len(order), after, 0.0)
+    return _report(run, settings, data, held_out, order, proof, template, {"before": before, "after": after}, peak)
+
+
+# --- before the loop
+
+
+def _data(stage: Stage, model: LanguageModel, template: ChatTemplate) -> tuple[Prepared, list[Example]]:
+    """The examples to train on and those held out; the ledger is printed."""
+    kind = STAGES[stage.stage].rows
+    share = stage.eval_data if isinstance(stage.eval_data, (int, float)) else 0.0
+    limit = min(stage.max_length or model.context, model.context)
+    if stage.max_length and stage.max_length > model.context:
+        raise RecipeError(
+            f"stages.{stage.name}.max_length: {stage.max_length} is more than the model's context of {model.context}",
+            f"use at most {model.context}, or build the model with a larger max_position_embeddings",
+        )
+
+    def ready(paths: str | list[str], holdout: float) -> Prepared:
+        places = [local(p) for p in ([paths] if isinstance(paths, str) else paths)]
+        return prepare(
+            places, kind=kind, tokenizer=model.tokenizer, template=template,
+            train_on=stage.train_on or "assistant", max_length=stage.max_length, context=limit, holdout=holdout,
+        )  # fmt: skip
+
+    data = ready(stage.data, float(share))
+    for line in data.ledger.lines():
+        say(f"  {line}")
+    held_out = data.held_out[:HELD_OUT_MOST]
+    if isinstance(stage.eval_data, str):
+        held_out = ready(stage.eval_data, 0.0).examples
+    if not data.examples:
+        raise DataError(f"{stage.data}: nothing left to train on", "give more rows, or eval_data: 0")
+    return data, held_out
+
+
+def _attach(run: StageRun) -> tuple[Settings, dict[str, torch.Tensor] | None]:
+    """Make the method's weights trainable: (settings, the parent's small weights or None when the base is parent)."""
+    stage, opened, model = run.stage, run.opened, run.model
+    assert stage.method is not None
+    values = {k: v for k, v in stage.method.items() if k != "name"}
+    settings = settings_for(stage.method["name"], values)
+    if not isinstance(opened.settings, FullSettings) and opened.settings == settings:
+        say(f"  goes on training the {stage.method['name']} adapter of its parent")
+        for delta in deltas.deltas(model.hf).values():
+            delta.float().requires_grad_(True)
+        parent = deltas.state(model.hf)
+        attached = deltas.describe(model.hf, settings, [])
+    else:
+        parent = None
+        attached = deltas.attach(model.hf, settings, seed=int(stage.seed or 0))
+    for note in [*opened.notes, *attached.notes]:
+        say(f"  note: {note}")
+    if isinstance(settings, FullSettings) and _has_experts(model):
+        say("  note: a mixture of experts is trained without a load-balancing loss")
+    share = attached.trained_parameters / attached.total_parameters
+    say(f"  {stage.method['name']}: {attached.trained_parameters:,} of {attached.total_parameters:,} parameters trained ({share:.2%})")
+    return settings, parent
+
+
+def _has_experts(model: LanguageModel) -> bool:
+    names = ("num_experts", "num_local_experts", "n_routed_experts")
+    return any((getattr(model.config, n, None) or 0) > 1 for n in names)
+
+
+def _as_parent(model: LanguageModel, parent: dict[str, torch.Tensor] | None) -> contextlib.AbstractContextManager[None]:
+    return deltas.off(model.hf) if parent is None else deltas.swapped(model.hf, parent)
+
+
+def _set_dropout(model: LanguageModel, share: float) -> None:
+    """The model's own dropout, for training; 0 puts it back to evaluation mode."""
+    model.hf.train(share > 0)
+    found = False
+    for module in model.hf.modules():
+        if isinstance(module, torch.nn.Dropout) and not isinstance(module, deltas.Delta):
+            module.p, found = share, True
+        if isinstance(getattr(module, "attention_dropout", None), float):
+            module.attention_dropout, found = share, True  # type: ignore[assignment]
+    if share and not found:
+        raise RecipeError(f"dropout: {type(model.hf).__name__} has none of its own", "leave dropout out")
+
+
+@contextlib.contextmanager
+def _dropout_off(model: LanguageModel) -> Iterator[None]:
+    """Evaluation between steps: neither the model's dropout nor the adapter's."""
+    training = model.hf.training
+    model.hf.eval()
+    deltas.dropping(model.hf, False)
+    try:
+        yield
+    finally:
+        model.hf.train(training)
+        deltas.dropping(model.hf, True)
+
+
+def _order(stage: Stage, examples: list[Example]) -> RunOrder:
+    batching = Batching(
+        seed=int(stage.seed or 0),
+        micro_batch_tokens=int(stage.micro_batch_tokens or 1),
+        batch_size=stage.batch_size,
+        batch_tokens=stage.batch_tokens,
+        epochs=stage.epochs,
+        max_steps=stage.max_steps,
+    )
+    return RunOrder([e.tokens for e in examples], batching)
+
+
+def _used(order: RunOrder, examples: list[Example]) -> list[Example]:
+    """The examples that the run will see, each once."""
+    if order.epochs >= 1:
+        return examples
+    return [examples[i] for i in sorted({i for n in range(len(order)) for g in order[n] for i in g})]
+
+
+def _probe(examples: list[Example]) -> list[Example]:
+    """Real rows for the proof: the longest, the shortest, and some between."""
+    ranked = sorted(examples, key=lambda e: e.tokens)
+    places = {round(n * (len(ranked) - 1) / max(1, PROOF_ROWS - 1)) for n in range(PROOF_ROWS)}
+    return [ranked[n] for n in sorted(places)]
+
+
+def _prove_start(goal: Any, model: LanguageModel, reference: Any, examples: list[Example], proof: Proof) -> None:
+    """The objective's declared value before the first step, on the shortest rows; raises ModelError."""
+    if goal.at_start is None:
+        return
+    forest = lay_out(sorted(examples, key=lambda e: e.tokens)[:2]).to(model.device)
+    loss = evaluate(goal, model.logprob, reference, [forest])["loss"]
+    allowed = max(TOLERANCE[model.dtype], proof.logprob_difference * 10)
+    if not abs(loss - goal.at_start) <= allowed:
+        raise ModelError(
+            f"{goal.name}: the loss before the first step is {loss:.6f}, not {goal.at_start:.6f}: the reference is not the parent",
+            "the parent's folder has changed since it was trained; run the recipe again",
+        )
+    say(f"  proof: {goal.name} starts at {loss:.6f}, as it must")
+
+
+def _recompute(stage: Stage, model: LanguageModel, examples: list[Example]) -> bool:
+    """Whether layers are recomputed; ``auto`` measures what a row keeps and scales it to a micro-batch."""
+    if stage.recompute != "auto":
+        return stage.recompute == "layers"
+    ranked = sorted(examples, key=lambda e: e.tokens)
+    probe = lay_out(ranked[:4]).to(model.device)
+    kept = recompute.saved_bytes(lambda: model.logprob(probe), model.hf.parameters()) / max(1, len(probe.tokens))
+    tokens = max(int(stage.micro_batch_tokens or 1), ranked[-1].tokens)
+    on = recompute.wanted("auto", kept, tokens, free_memory(str(model.device)))
+    if on:
+        say(f"  recompute: layers, as {tokens:,} tokens at {size(kept)} each would not fit well")
+    return on
+
+
+def _optimizers(stage: Stage, model: LanguageModel) -> list[torch.optim.Optimizer]:
+    inside = {id(p) for layer in model.decoder_layers() for p in layer.parameters()}
+    hidden = {n for n, p in model.hf.named_parameters() if id(p) in inside}
+    return build_optimizers(
+        model.hf, hidden, str(stage.optimizer), float(stage.learning_rate or 0), float(stage.weight_decay or 0)
+    )
+
+
+# --- after the loop
+
+
+def _evaluate(run: StageRun, goal: Any, reference: Any, forests: list[Forest]) -> dict[str, float]:
+    with run.costs.clock("eval_seconds"):
+        return evaluate(goal, run.model.logprob, reference, forests)
+
+
+def _round_to(hf: torch.nn.Module, dtype: torch.dtype) -> None:
+    """What is measured from here on is what the folder will hold."""
+    with torch.no_grad():
+        for p in hf.parameters():
+            if p.requires_grad and p.dtype != dtype:
+                p.copy_(p.to(dtype))
+
+
+def _save(run: StageRun, settings: Settings, base: str | None, template: ChatTemplate) -> None:
+    model, folder = run.model, run.folder
+    if isinstance(settings, FullSettings):
+        save_model(model, folder, template)
+    else:
+        assert base is not None
+        adapter.save(model.hf, folder, base, settings, model.saved_dtype)
+        model.tokenizer.save_pretrained(folder)
+
+
+def save_model(model: LanguageModel, folder: Path, template: ChatTemplate) -> None:
+    """A whole model as `transformers` loads it, with its tokenizer and template, stopping where its turns end."""
+    hf, attention = model.hf, model.hf.config._attn_implementation
+    state = {n: t.to(model.saved_dtype) if t.is_floating_point() else t for n, t in hf.state_dict().items()}
+    dtype = hf.config.dtype
+    try:
+        hf.config.dtype = model.saved_dtype
+        hf.config._attn_implementation = model.native_attention
+        if hf.can_generate() and hf.generation_config is not None:
+            hf.generation_config.eos_token_id = sorted(template.stop_ids)
+            hf.generation_config.pad_token_id = model.tokenizer.pad_token_id
+        hf.save_pretrained(folder, state_dict=state)
+    finally:
+        hf.config.dtype = dtype
+        hf.config._attn_implementation = attention
+    model.tokenizer.save_pretrained(folder)
+
+
+def _report(
+    run: StageRun, settings: Settings, data: Prepared, held_out: list[Example], order: RunOrder, proof: Proof,
+    template: ChatTemplate, measured: dict[str, dict[str, float]], peak: PeakMemory,
+) -> dict[str, Any]:  # fmt: skip
+    """Everything the folder should tell about itself, but for its lineage."""
+    costs, model, stage = run.costs, run.model, run.stage
+    data.ledger.write_quarantine(run.folder / "quarantine.jsonl") if data.ledger.set_aside or data.ledger.over_long else None
+    metrics = {f"{when}_{k}": v for when, found in measured.items() for k, v in found.items()}
+    weights = folder_bytes(run.folder, ".safetensors")
+    costs.seconds += costs.reference_seconds
+    return {
+        "trained_parameters": model.trained_parameters(),
+        "total_parameters": model.parameters(),
+        "bytes_on_disk": weights,
+        "steps": len(order),
+        "epochs": order.epochs,
+        "tokens_per_second": costs.tokens / costs.seconds if costs.seconds else 0.0,
+        "peak_memory_bytes": peak.read(),
+        **asdict(costs),
+        "metrics": metrics,
+        "rows": {**data.ledger.as_dict(), "evaluated": len(held_out)},
+        "proof": asdict(proof),
+        "dtype": {"computation": str(model.dtype), "saved": str(model.saved_dtype)},
+        "template": {"sha256": template.sha256, "origin": template.origin, "stop_ids": sorted(template.stop_ids)},
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    import transformers
+
+    return {
+        "trivium": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+        "threads": str(torch.get_num_threads()),
+    }

@@ -1,0 +1,104 @@
+"""The table: what makes a stage. Its rows, its objective, its defaults; the loop knows none of it.
+
+A setting that the recipe leaves out comes from the parent stage if it is one that goes with the model, else from this
+table; each such value is printed once. To add a stage, add a line to `STAGES` and its name to `recipe.StageName`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from trivium.recipe import Recipe, Stage
+
+
+@dataclass(frozen=True)
+class StageKind:
+    """``rows`` is what a row of its data becomes (see `data.formats`)."""
+
+    rows: Literal["text", "conversation", "pair"]
+    defaults: dict[str, Any] = field(default_factory=dict)
+
+
+COMMON = {
+    "schedule": "cosine",
+    "optimizer": "adamw",
+    "max_grad_norm": 1.0,
+    "recompute": "auto",
+    "dropout": 0.0,
+    "dtype": "auto",
+    "micro_batch_tokens": 2048,
+    "epochs": 1.0,
+    "eval_data": 0.05,
+    "method": {"name": "full"},
+}
+
+STAGES = {
+    "pretrain": StageKind(
+        "text",
+        {**COMMON, "loss": "next_token", "batch_tokens": 8192, "learning_rate": 1e-3, "warmup_ratio": 0.02,
+         "weight_decay": 0.1, "max_length": 512},
+    ),
+    "sft": StageKind(
+        "conversation",
+        {**COMMON, "loss": "next_token", "batch_size": 16, "learning_rate": 2e-5, "warmup_ratio": 0.03,
+         "weight_decay": 0.0, "train_on": "assistant"},
+    ),
+    "preference": StageKind(
+        "pair",
+        {**COMMON, "loss": "dpo", "beta": 0.1, "batch_size": 16, "learning_rate": 1e-6, "warmup_ratio": 0.1,
+         "schedule": "linear", "weight_decay": 0.0},
+    ),
+}  # fmt: skip
+
+# An adapter starts near zero and is small: about ten times the full learning rate is what works in practice.
+PEFT_RATE = 10.0
+
+# What goes with the model and is taken over from the stage before.
+INHERITED = ("method", "dtype", "device", "recompute", "micro_batch_tokens")
+
+# What only arranges or shows the work: it does not enter a stage's identity.
+NOT_IDENTITY = {"name", "from_", "data", "eval_data", "eval_every", "micro_batch_tokens", "recompute", "device"}
+
+
+def resolve(stage: Stage, recipe: Recipe, parent: Stage | None) -> tuple[Stage, list[str]]:
+    """The stage with every setting filled in, and a line for each kind of value that was not written in the recipe."""
+    known = {k: v for k in Stage.model_fields if (v := getattr(stage, k)) is not None}
+    inherited, defaulted = {}, {}
+    for key in INHERITED:
+        if key not in known and parent is not None and getattr(parent, key) is not None:
+            inherited[key] = getattr(parent, key)
+    if stage.method is not None and parent is not None and parent.method and set(stage.method) == {"name"}:
+        if stage.method["name"] == parent.method["name"]:
+            inherited["method"] = parent.method  # `method: lora` on a LoRA parent goes on with that adapter
+    have = {**known, **inherited}
+    alternatives = {"epochs": "max_steps", "batch_size": "batch_tokens", "batch_tokens": "batch_size"}
+    for key, value in STAGES[stage.stage].defaults.items():
+        if key not in have and alternatives.get(key) not in have:
+            defaulted[key] = value
+    if "learning_rate" in defaulted and {**have, **defaulted}["method"]["name"] != "full":
+        defaulted["learning_rate"] *= PEFT_RATE
+    if "seed" not in have:
+        inherited["seed"] = recipe.seed
+    lines = []
+    if inherited and parent is not None:
+        shown = {k: v for k, v in inherited.items() if k != "seed"}
+        if shown:
+            lines.append(f"from {parent.name}: " + ", ".join(_shown(k, v) for k, v in sorted(shown.items())))
+    if defaulted:
+        lines.append(f"defaults of {stage.stage}: " + ", ".join(_shown(k, v) for k, v in sorted(defaulted.items())))
+    return stage.model_copy(update={**inherited, **defaulted}), lines
+
+
+def _shown(key: str, value: Any) -> str:
+    if isinstance(value, dict):
+        rest = {k: v for k, v in value.items() if k != "name"}
+        value = value["name"] + (f" ({', '.join(f'{k} {v}' for k, v in rest.items())})" if rest else "")
+    return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
+
+
+def identity_settings(stage: Stage) -> dict[str, Any]:
+    """The settings that can change the result, for the stage's identity."""
+    values = stage.model_dump()
+    share = {"eval_share": stage.eval_data} if isinstance(stage.eval_data, (int, float)) else {}
+    return {**{k: v for k, v in values.items() if k not in NOT_IDENTITY and v is not None}, **share}

@@ -1,0 +1,89 @@
+"""What people see while it trains: a live line in a terminal, plain lines elsewhere, and ``metrics.jsonl`` always."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any, TextIO
+
+from trivium.files import clear_errors
+from trivium.train.loop import StepLog
+
+PLAIN_EVERY = 10.0  # seconds between plain lines where there is no terminal
+
+
+def say(text: str) -> None:
+    """One line for a person, to standard error: standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """``4:05`` or ``1:02:03``."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``1.2 GB``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+class TrainingLog:
+    """Writes every step to ``metrics.jsonl`` and shows where the stage is."""
+
+    def __init__(self, file: Path, name: str, steps: int, peak: Any) -> None:
+        self.name, self.steps, self.peak = name, steps, peak
+        self.started = self.shown = time.perf_counter()
+        self.paused = self.tokens = 0.0
+        self.live = sys.stderr.isatty()
+        with clear_errors(file):
+            self.file: TextIO = file.open("w", encoding="utf-8")
+
+    def step(self, log: StepLog) -> None:
+        self.tokens += log.tokens
+        row = {k: v for k, v in vars(log).items() if k != "stats"}
+        self.write({**row, **log.stats, "elapsed": round(time.perf_counter() - self.started - self.paused, 4)})
+        now = time.perf_counter()
+        last = log.step == self.steps
+        if now - self.shown < (0.1 if self.live else PLAIN_EVERY) and not last and log.step != 1:
+            return
+        self.shown = now
+        line = self.line(log, now)
+        if self.live:
+            sys.stderr.write("\r\x1b[2K" + line + ("\n" if last else ""))
+            sys.stderr.flush()
+        else:
+            say(line)
+
+    def line(self, log: StepLog, now: float) -> str:
+        elapsed = max(1e-9, now - self.started - self.paused)
+        left = elapsed / log.step * (self.steps - log.step)
+        extra = "".join(f"  {k} {log.stats[k]:.3f}" for k in ("accuracy", "margin") if k in log.stats)
+        return (
+            f"  {self.name}  step {log.step}/{self.steps}  loss {log.loss:.4f}{extra}  "
+            f"{self.tokens / elapsed:,.0f} tokens/s  {size(self.peak.read())}  {clock(left)} left"
+        )
+
+    def evaluated(self, step: int, metrics: dict[str, float], seconds: float) -> None:
+        """Held-out metrics; their time is not the training's."""
+        self.paused += seconds
+        self.write({"step": step, **{f"eval_{k}": v for k, v in metrics.items()}})
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in ("loss", "accuracy"))
+        if self.live:
+            sys.stderr.write("\r\x1b[2K")
+        say(f"  {self.name}  step {step}/{self.steps}  held-out {shown}")
+
+    def write(self, row: dict[str, Any]) -> None:
+        with clear_errors(Path(self.file.name)):
+            self.file.write(json.dumps(row) + "\n")
+            self.file.flush()
+
+    def close(self) -> None:
+        self.file.close()

@@ -1,0 +1,84 @@
+"""What the machine has and uses: device, memory, threads."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+
+from trivium.errors import RecipeError
+
+
+def pick_device(asked: str | None) -> str:
+    """The device asked for, or the fastest there is; raises RecipeError where it is not there."""
+    import torch
+
+    if asked is None:
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    kind = asked.split(":")[0]
+    there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
+    if kind not in there:
+        raise RecipeError(f"device: unknown '{asked}'", f"use one of {', '.join(there)}")
+    if not there[kind]:
+        have = ", ".join(k for k, v in there.items() if v)
+        raise RecipeError(f"device: {asked} is not available here", f"this machine has: {have}")
+    return asked
+
+
+def pick_dtype(asked: str | None, device: str) -> str:
+    """``auto``: bfloat16 on CUDA where the card has it, float32 elsewhere."""
+    import torch
+
+    if asked in (None, "auto"):
+        return "bfloat16" if device.startswith("cuda") and torch.cuda.is_bf16_supported() else "float32"
+    return str(asked)
+
+
+class PeakMemory:
+    """The peak of this process (CPU) or this device (CUDA) since it was made, in bytes."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        if device.startswith("cuda"):
+            import torch
+
+            torch.cuda.reset_peak_memory_stats(device)
+        elif sys.platform == "linux":
+            try:  # 5 resets the resident peak: man 5 proc, clear_refs
+                Path("/proc/self/clear_refs").write_text("5")
+            except OSError:
+                pass
+
+    def read(self) -> int:
+        if self.device.startswith("cuda"):
+            import torch
+
+            return torch.cuda.max_memory_allocated(self.device)
+        if sys.platform == "linux":
+            for line in Path("/proc/self/status").read_text().splitlines():
+                if line.startswith("VmHWM:"):
+                    return int(line.split()[1]) * 1024
+        import resource
+
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return peak if sys.platform == "darwin" else peak * 1024
+
+
+def free_memory(device: str) -> int:
+    """Bytes that can still be taken: the card's free memory, or what the system has available."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    except (ValueError, OSError):
+        return 8 * 2**30

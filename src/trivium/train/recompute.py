@@ -1,0 +1,64 @@
+"""Recomputing layers in the backward pass: memory of one layer's activations instead of all, for a third more time.
+
+`transformers`' own gradient checkpointing does nothing in evaluation mode, in which trivium trains (dropout is off),
+so each layer's forward is wrapped here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+SHARE = 0.6  # auto recomputes when the activations would take more than this share of the free memory
+
+
+@contextlib.contextmanager
+def recomputed(layers: list[nn.Module], on: bool) -> Iterator[None]:
+    """Within the block each layer keeps only its input, and runs again in the backward pass."""
+    if not on:
+        yield
+        return
+
+    def wrap(forward: Any) -> Any:
+        def recomputing(*args: Any, **kwargs: Any) -> Any:
+            if not torch.is_grad_enabled():
+                return forward(*args, **kwargs)
+            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+        return recomputing
+
+    for layer in layers:
+        layer.forward = wrap(layer.forward)  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward  # the class's own shows again
+
+
+def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
+    """Bytes that autograd keeps for the backward pass of ``run()``: each storage once, weights left out."""
+    weights = {p.untyped_storage().data_ptr() for p in parameters}
+    sizes: dict[int, int] = {}
+    alive: list[Tensor] = []  # a freed storage's address could come again
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            sizes[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        run()
+    return sum(sizes.values())
+
+
+def wanted(setting: str, bytes_per_token: float, tokens: int, free: int) -> bool:
+    """Whether layers are recomputed: as said, or (``auto``) when ``tokens`` would take too much of ``free`` bytes."""
+    return setting == "layers" or (setting == "auto" and bytes_per_token * tokens > SHARE * free)
