@@ -20,7 +20,7 @@ ACTIVATION = {
 
 @pytest.mark.parametrize("name", ACTIVATION)
 def test_the_formula(name):
-    adapter = Bottleneck(6, BottleneckSettings(r=3, non_linearity=name), torch.device("cpu"))
+    adapter = Bottleneck(6, BottleneckSettings(r=3, non_linearity=name))
     for parameter in adapter.parameters():
         parameter.data = torch.randn(parameter.shape)
     h = torch.randn(2, 5, 6)
@@ -30,9 +30,9 @@ def test_the_formula(name):
 
 
 def test_only_the_first_element_of_a_tuple_changes():
-    adapter = Bottleneck(6, BottleneckSettings(r=3), torch.device("cpu"))
+    adapter = Bottleneck(6, BottleneckSettings(r=3))
+    adapter.reset(torch.Generator())
     adapter.up_bias.data.fill_(1)
-    adapter.down.data.zero_()
     weights, h = object(), torch.zeros(1, 6)
     changed, other = adapter((), (h, weights))
     assert changed.tolist() == [[1.0] * 6]

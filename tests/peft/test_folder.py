@@ -173,6 +173,8 @@ def test_tensors_that_do_not_belong(tiny, train, tmp_path):
         ({"r": -1}, "r is -1"),
         ({"code": "x"}, "no setting 'code'"),
         ({"r": 3}, "has shape"),
+        ({"r": 1_000_000}, "has shape"),  # no memory is taken for what a config claims
+        ({"r": 10**30}, "r is 10000"),
         ({"placement": "pfeiffer"}, "not one of the deltas"),
     ],
 )

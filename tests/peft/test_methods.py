@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
+import sys
+import types
+from dataclasses import dataclass
 
 import pytest
 import torch
 
 from trivium.errors import ModelError
-from trivium.peft import BottleneckSettings, FullSettings, LoRASettings, folder
+from trivium.peft import METHODS, BottleneckSettings, FullSettings, LoRASettings, folder, settings_for
 from trivium.peft.base import (
     CHILD,
+    Delta,
+    Plan,
     attach,
     deltas,
     detach,
@@ -22,7 +27,8 @@ from trivium.peft.base import (
     state,
     swapped,
 )
-from trivium.peft.targets import LINEAR, linear_shape
+from trivium.peft.settings import Method
+from trivium.peft.targets import LINEAR, find_targets, linear_shape
 
 SETTINGS = {
     "lora": LoRASettings(r=4),
@@ -261,6 +267,40 @@ def test_full_refuses_quantised_weights(tiny):
     model.lm_head.weight = torch.nn.Parameter(packed, requires_grad=False)
     with pytest.raises(ModelError, match=r"lm_head.weight is quantised"):
         make_full(model)
+
+
+def test_a_new_method_is_one_file_and_one_registry_line(tiny, logits, train, tmp_path, monkeypatch):
+    @dataclass(frozen=True)
+    class GainSettings:
+        target_modules: tuple[str, ...] = ("q_proj",)
+
+        def __post_init__(self) -> None:
+            object.__setattr__(self, "target_modules", tuple(self.target_modules))
+
+    class Gain(Delta):
+        def __init__(self, width: int) -> None:
+            super().__init__()
+            self.gain = torch.nn.Parameter(torch.empty(width))
+
+        def reset(self, generator: torch.Generator) -> None:
+            torch.nn.init.ones_(self.gain)
+
+        def forward(self, inputs, output):
+            return output * self.gain
+
+    module = types.ModuleType("gain_method")
+    module.build = lambda model, settings: Plan({n: Gain(64) for n in find_targets(model, settings.target_modules)})
+    monkeypatch.setitem(sys.modules, "gain_method", module)
+    monkeypatch.setitem(METHODS, "gain", Method(GainSettings, "gain_method"))
+
+    model, fresh = tiny("llama"), tiny("llama")
+    before = logits(model)
+    assert attach(model, settings_for("gain", {}), seed=0).trained_parameters == 2 * 64
+    assert torch.equal(logits(model), before)
+    train(model)
+    folder.save(model, tmp_path, base="tiny", settings=GainSettings())
+    assert folder.load(fresh, tmp_path).settings == GainSettings()
+    assert torch.equal(logits(fresh), logits(model))
 
 
 def test_other_small_weights_are_refused(model):

@@ -35,6 +35,8 @@ CHILD = "trivium_delta"  # the name under which a delta hangs in its target
 class Delta(nn.Module):
     """One trained module under one target; ``forward`` returns the target's output, changed.
 
+    The constructor makes float32 weights of the right shapes (it runs on ``meta``), ``reset`` fills all of them.
+
     ``enabled`` is False while the base is wanted. ``dropping`` says whether dropout acts: the base stays in
     evaluation mode while its deltas train, so ``training`` cannot say it.
     """
@@ -50,7 +52,7 @@ class Delta(nn.Module):
         raise NotImplementedError
 
     def reset(self, generator: torch.Generator) -> None:
-        """Draw the starting weights, in place and on the CPU's generator; the start must change no output."""
+        """Fill every weight in place, drawing on the CPU's ``generator``; the start must change no output."""
         raise NotImplementedError
 
     def obstacle(self, target: nn.Module) -> ModelError | None:
@@ -87,29 +89,40 @@ def attach(model: nn.Module, settings: Settings, seed: int) -> Attached:
     For ``full`` everything is trained and nothing hung. On the ``meta`` device only shapes are made.
     Raises RecipeError when ``target_modules`` matches nothing, ModelError when the model cannot take the method.
     """
-    module = METHODS[method_name(settings)].module
-    if module is None:
+    plan = plan_for(model, settings)
+    if plan is None:
         make_full(model)
-        return describe(model, settings, [])
-    plan: Plan = importlib.import_module(module).build(model, settings)
+        return _describe(model, settings, [])
+    attached = hang(model, settings, plan)
     generator = torch.Generator().manual_seed(seed)
     for delta in plan.deltas.values():
         if not any(parameter.is_meta for parameter in delta.parameters()):
             delta.reset(generator)
-    return hang(model, settings, plan)
+    return attached
+
+
+def plan_for(model: nn.Module, settings: Settings) -> Plan | None:
+    """The deltas that ``attach`` would hang, as shapes only, on the ``meta`` device; None for ``full``."""
+    module = METHODS[method_name(settings)].module
+    if module is None:
+        return None
+    with torch.device("meta"):
+        plan: Plan = importlib.import_module(module).build(model, settings)
+    return plan
 
 
 def hang(model: nn.Module, settings: Settings, plan: Plan) -> Attached:
-    """Freeze ``model`` and hang ready-made deltas in it."""
+    """Freeze ``model`` and hang the deltas of ``plan``, each on its target's device, with weights yet to be filled."""
     assert not deltas(model), "the model has deltas already: merge or detach them first"
     model.requires_grad_(False)
     for name, delta in plan.deltas.items():
         target = model.get_submodule(name)
         assert not hasattr(target, CHILD), f"{name} has a {CHILD} already"
+        delta.to_empty(device=next(target.parameters()).device)
         target.add_module(CHILD, delta.requires_grad_(True))
         # RemovableHandle copies itself along with the module that holds it, so a deepcopied model detaches too.
         delta.handle = target.register_forward_hook(_change_output)
-    return describe(model, settings, plan.notes)
+    return _describe(model, settings, plan.notes)
 
 
 def _change_output(target: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
@@ -118,7 +131,7 @@ def _change_output(target: nn.Module, inputs: tuple[Any, ...], output: Any) -> A
     return delta(inputs, output) if delta.enabled else None
 
 
-def describe(model: nn.Module, settings: Settings, notes: list[str]) -> Attached:
+def _describe(model: nn.Module, settings: Settings, notes: list[str]) -> Attached:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     return Attached(settings, list(deltas(model)), notes, trained, total)
@@ -163,24 +176,20 @@ def off(model: nn.Module) -> Iterator[None]:
             delta.enabled = enabled
 
 
-def _small(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The trained small weights as they are, by ``<target>.<weight>``."""
-    return {
-        f"{target}.{name}": parameter
-        for target, delta in deltas(model).items()
-        for name, parameter in delta.named_parameters()
-    }
+def small_weights(hung: dict[str, Delta]) -> dict[str, nn.Parameter]:
+    """The trained weights of some deltas as they are, by ``<target>.<weight>``."""
+    return {f"{target}.{name}": weight for target, delta in hung.items() for name, weight in delta.named_parameters()}
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the small weights, by ``<target's name>.<weight's name>``; later training does not change it."""
-    return {name: parameter.detach().clone() for name, parameter in _small(model).items()}
+    return {name: parameter.detach().clone() for name, parameter in small_weights(deltas(model)).items()}
 
 
 def load_state(model: nn.Module, small: dict[str, Tensor]) -> None:
-    """Copy small weights in. Raises ModelError when names or shapes are not those of the model's deltas."""
-    mine = _small(model)
-    _check_same(mine, small)
+    """Copy small weights in, whatever their device and dtype. Raises ModelError when names or shapes do not fit."""
+    mine = small_weights(deltas(model))
+    check_same(mine, small)
     with torch.no_grad():
         for name, parameter in mine.items():
             parameter.copy_(small[name])
@@ -193,8 +202,8 @@ def swapped(model: nn.Module, small: dict[str, Tensor]) -> Iterator[None]:
     The parameters stay the same objects and only their storage changes, so an optimizer does not notice and no
     weight is copied that is on the device already. For gradient-free passes.
     """
-    mine = _small(model)
-    _check_same(mine, small)
+    mine = small_weights(deltas(model))
+    check_same(mine, small)
     before = {name: parameter.data for name, parameter in mine.items()}
     try:
         for name, parameter in mine.items():
@@ -205,7 +214,8 @@ def swapped(model: nn.Module, small: dict[str, Tensor]) -> Iterator[None]:
             parameter.data = before[name]
 
 
-def _check_same(mine: dict[str, nn.Parameter], small: dict[str, Tensor]) -> None:
+def check_same(mine: dict[str, nn.Parameter], small: dict[str, Tensor]) -> None:
+    """Raise ModelError, naming the first, when names or shapes differ."""
     remedy = "These are the weights of another adapter: attach with the settings they were trained with."
     for name in sorted(mine.keys() ^ small.keys()):
         raise ModelError(f"{name} is {'missing' if name in mine else 'not one of the deltas'}", remedy)

@@ -32,13 +32,13 @@ FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {"gelu": F.gelu, "relu": F.re
 class Bottleneck(Delta):
     """``h + U f(D h + b_d) + b_u`` on the output ``h`` of one block; of a tuple, on its first element."""
 
-    def __init__(self, d: int, settings: BottleneckSettings, device: torch.device) -> None:
+    def __init__(self, d: int, settings: BottleneckSettings) -> None:
         super().__init__()
         self.non_linearity, self.dropout = settings.non_linearity, settings.dropout
-        self.down = nn.Parameter(torch.empty(settings.r, d, device=device, dtype=torch.float32))
-        self.down_bias = nn.Parameter(torch.zeros(settings.r, device=device, dtype=torch.float32))
-        self.up = nn.Parameter(torch.zeros(d, settings.r, device=device, dtype=torch.float32))
-        self.up_bias = nn.Parameter(torch.zeros(d, device=device, dtype=torch.float32))
+        self.down = nn.Parameter(torch.empty(settings.r, d, dtype=torch.float32))
+        self.down_bias = nn.Parameter(torch.empty(settings.r, dtype=torch.float32))
+        self.up = nn.Parameter(torch.empty(d, settings.r, dtype=torch.float32))
+        self.up_bias = nn.Parameter(torch.empty(d, dtype=torch.float32))
 
     def reset(self, generator: torch.Generator) -> None:
         start = torch.empty(self.down.shape)
@@ -71,9 +71,9 @@ class NormScale(Delta):
     def __init__(self, norm: nn.Module) -> None:
         super().__init__()
         weight = norm.get_parameter("weight")
-        self.gain = nn.Parameter(torch.ones_like(weight, dtype=torch.float32))
+        self.gain = nn.Parameter(torch.empty(weight.shape, dtype=torch.float32))
         has_bias = getattr(norm, "bias", None) is not None
-        self.shift = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32)) if has_bias else None
+        self.shift = nn.Parameter(torch.empty(weight.shape, dtype=torch.float32)) if has_bias else None
 
     def reset(self, generator: torch.Generator) -> None:
         with torch.no_grad():
@@ -107,7 +107,7 @@ def build(model: nn.Module, settings: BottleneckSettings) -> Plan:
         module = model.get_submodule(name)
         # A block's output has the width of the residual stream; a single linear module's has its own.
         size = targets.linear_shape(module)[1] if isinstance(module, targets.LINEAR) else targets.width(model)
-        made[name] = Bottleneck(size, settings, next(module.parameters()).device)
+        made[name] = Bottleneck(size, settings)
     if settings.layer_norms:
         made.update({name: NormScale(model.get_submodule(name)) for name in _norms(layers, list(made), settings)})
     order = {name: index for index, (name, _) in enumerate(model.named_modules())}

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from trivium.errors import ModelError, UserError
 from trivium.peft import peft_format
-from trivium.peft.base import Attached, attach, deltas, detach, load_state, state
+from trivium.peft.base import Attached, check_same, deltas, hang, load_state, plan_for, small_weights, state
 from trivium.peft.settings import FullSettings, LoRASettings, Settings, method_name, settings_for
 
 WEIGHTS = "adapter_model.safetensors"
@@ -59,12 +59,16 @@ def load(model: nn.Module, folder: Path) -> Attached:
     small = _read_weights(folder)
     if TYPE not in config:
         return peft_format.attach_lora(model, config, small, folder)
+    settings = _own_settings(config, folder)
     try:
-        attached = attach(model, _own_settings(config, folder), seed=0)
-        load_state(model, small)
+        plan = plan_for(model, settings)
+        assert plan is not None, "full has no folder of this kind"
+        # Before anything is hung or any memory taken for sizes that the config claims.
+        check_same(small_weights(plan.deltas), small)
     except UserError as error:
-        detach(model)
         raise ModelError(f"{folder} does not fit this model: {error.what}", f"It was trained on {base}.") from None
+    attached = hang(model, settings, plan)
+    load_state(model, small)
     return attached
 
 

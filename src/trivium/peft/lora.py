@@ -30,11 +30,10 @@ class LoRA(Delta):
     def __init__(self, target: nn.Module, r: int, alpha: float, dropout: float = 0.0, rslora: bool = False) -> None:
         super().__init__()
         n_in, n_out = linear_shape(target)
-        device = next(target.parameters()).device
         self.r, self.alpha, self.dropout = r, alpha, dropout
         self.scale = alpha / (math.sqrt(r) if rslora else r)
-        self.lora_A = nn.Parameter(torch.empty(r, n_in, device=device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(n_out, r, device=device, dtype=torch.float32))
+        self.lora_A = nn.Parameter(torch.empty(r, n_in, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.empty(n_out, r, dtype=torch.float32))
 
     def reset(self, generator: torch.Generator) -> None:
         start = torch.empty(self.lora_A.shape)

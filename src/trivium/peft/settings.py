@@ -44,7 +44,7 @@ class LoRASettings:
     )
 
     def __post_init__(self) -> None:
-        _at_least_one("r", self.r)
+        _size("r", self.r)
         _fraction("dropout", self.dropout)
         if self.alpha is not None and (not _is_number(self.alpha) or not 0 < self.alpha < float("inf")):
             raise RecipeError(f"alpha is {self.alpha!r}", "alpha is a number above 0; leave it out for 2 * r.")
@@ -76,7 +76,7 @@ class BottleneckSettings:
     )
 
     def __post_init__(self) -> None:
-        _at_least_one("r", self.r)
+        _size("r", self.r)
         _fraction("dropout", self.dropout)
         _one_of("placement", self.placement, PLACEMENTS)
         _one_of("non_linearity", self.non_linearity, NON_LINEARITIES)
@@ -125,9 +125,10 @@ def _is_number(value: object) -> bool:
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _at_least_one(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise RecipeError(f"{name} is {value!r}", f"{name} is a whole number of at least 1, such as 16.")
+def _size(name: str, value: object) -> None:
+    # The upper end is far above any width: a folder's config may claim anything, and sizes must stay countable.
+    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1_000_000:
+        raise RecipeError(f"{name} is {value!r}", f"{name} is a whole number from 1 on, such as 16.")
 
 
 def _fraction(name: str, value: Any) -> None:
