@@ -142,10 +142,24 @@ def test_gzip_cut_off_or_no_gzip(tmp_path: Path) -> None:
     assert "broken" in outcome(file)[1]
 
 
+def test_zst(tmp_path: Path) -> None:
+    from trivium.data.rows import _zstd
+
+    if (zstd := _zstd()) is None:
+        pytest.skip("neither compression.zstd nor backports.zstd is installed")
+    file = tmp_path / "a.jsonl.zst"
+    file.write_bytes(zstd.compress(b'{"a": 1}\n') + zstd.compress(b'{"a": 2}\n'))
+    assert outcome(file) == {1: "ok", 2: "ok"}
+    file.write_bytes(file.read_bytes()[:-3])
+    assert "cut off" in list(outcome(file).values())[-1]
+    file.write_bytes(b"not zstandard")
+    assert "broken" in outcome(file)[1]
+
+
 def test_zst_without_its_package_says_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trivium.data.rows._zstd", lambda: None)
     (tmp_path / "a.jsonl.zst").write_bytes(b"x")
-    with pytest.raises(DataError, match="pip install zstandard"):
+    with pytest.raises(DataError, match=r"pip install backports\.zstd"):
         list(read_rows(tmp_path / "a.jsonl.zst"))
 
 
@@ -163,7 +177,7 @@ def test_paths_that_lead_nowhere(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"trian\.jsonl; did you mean 'train\.jsonl'\?"):
         files_of(tmp_path / "trian.jsonl")
-    with pytest.raises(DataError, match="no such file or folder: .*nowhere\n"):
+    with pytest.raises(DataError, match=r"no such file or folder: .*nowhere\n"):
         files_of(tmp_path / "nowhere" / "deep" / "a.jsonl")
     with pytest.raises(DataError, match="no data files"):
         files_of(tmp_path / "empty")

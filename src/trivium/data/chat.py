@@ -215,8 +215,9 @@ class ChatTemplate:
     def weigh(self, rendered: Rendered, tokens: Tokens) -> TokenSequence:
         """Weight 1 for every token with a character in a trained span, else 0.
 
-        A token that straddles a span's start is trained, as it holds the answer's first characters, unless it is an
-        added token that swallowed them. Raises RowError where a trained turn's last token is not its stop token.
+        A token that straddles a span's start (a line end of the prompt with one of the answer, say) is trained, as it
+        holds the answer's first characters, unless it is an added token that swallowed them. Raises RowError where a
+        trained turn's last token is not its stop token.
         """
         ids, start, end = tokens.ids, tokens.start, tokens.end
         weights = np.zeros(len(ids), np.float32)

@@ -39,7 +39,7 @@ class Ledger:
         if self.read == 0:
             raise DataError(f"no rows in {self.source}", "Give a file with at least one row.")
         bad = len(self.set_aside)
-        if self.used + self.held_out > 0 and bad * 2 <= self.read:
+        if self.used and bad * 2 <= self.read:
             return
         if self.over_long > bad:
             raise DataError(
@@ -47,9 +47,9 @@ class Ledger:
                 f"{self.limit} tokens (first {self.over_long_at[0][0]}: {self.over_long_at[0][1]})",
                 f"The longest row has {self.longest} tokens: raise max_length, or split the rows.",
             )
-        what = "nothing to learn from" if self.used + self.held_out == 0 else "too little to learn from"
+        what = "too little to learn from" if self.used else "nothing to learn from"
         if not bad:
-            raise DataError(f"{what} in {self.source}: all {self.read} rows are held out", "Hold out fewer rows.")
+            raise DataError(f"{what} in {self.source}: every usable row is held out", "Hold out fewer rows.")
         first = "\n".join(f"  {origin}: {reason}" for origin, reason in self.set_aside[:3])
         raise DataError(
             f"{what} in {self.source}: {bad} of {self.read} rows cannot be used, the first of them:\n{first}",

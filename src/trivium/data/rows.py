@@ -117,14 +117,17 @@ def _opened(path: Path) -> IO[bytes]:
     if (zstd := _zstd()) is None:
         raise DataError(
             f"{path} is compressed with zstandard, which is not installed",
-            "Install it: pip install zstandard. Or compress the file with gzip.",
+            "Install it: pip install backports.zstd. Or compress the file with gzip.",
         )
-    return zstd.open(path, "rb")
+    return cast("IO[bytes]", zstd.open(path, "rb"))
 
 
 def _zstd() -> Any:
-    """The module that reads zstandard files: Python's own from 3.14 on, else the package, else None."""
-    for name in ("compression.zstd", "zstandard"):
+    """The module that reads zstandard files: Python's own from 3.14 on, before that its backport, else None.
+
+    The older package ``zstandard`` ends a file that is cut off without a word.
+    """
+    for name in ("compression.zstd", "backports.zstd"):
         try:
             return import_module(name)
         except ImportError:
