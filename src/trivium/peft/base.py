@@ -92,7 +92,7 @@ def attach(model: nn.Module, settings: Settings, seed: int) -> Attached:
     plan = plan_for(model, settings)
     if plan is None:
         make_full(model)
-        return _describe(model, settings, [])
+        return describe(model, settings, [])
     attached = hang(model, settings, plan)
     generator = torch.Generator().manual_seed(seed)
     for delta in plan.deltas.values():
@@ -122,7 +122,7 @@ def hang(model: nn.Module, settings: Settings, plan: Plan) -> Attached:
         target.add_module(CHILD, delta.requires_grad_(True))
         # RemovableHandle copies itself along with the module that holds it, so a deepcopied model detaches too.
         delta.handle = target.register_forward_hook(_change_output)
-    return _describe(model, settings, plan.notes)
+    return describe(model, settings, plan.notes)
 
 
 def _change_output(target: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
@@ -131,7 +131,8 @@ def _change_output(target: nn.Module, inputs: tuple[Any, ...], output: Any) -> A
     return delta(inputs, output) if delta.enabled else None
 
 
-def _describe(model: nn.Module, settings: Settings, notes: list[str]) -> Attached:
+def describe(model: nn.Module, settings: Settings, notes: list[str]) -> Attached:
+    """What is hung in ``model`` and trained as it stands; for a model whose adapter trains on, too."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
     return Attached(settings, list(deltas(model)), notes, trained, total)
