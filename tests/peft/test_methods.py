@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import sys
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from trivium.peft.base import (
     Delta,
     Plan,
     attach,
+    continues,
     deltas,
     detach,
     dropping,
@@ -122,6 +123,20 @@ def test_saved_and_loaded_is_bitwise(base, settings, logits, train, tmp_path):
     folder.save(fresh, again, base="tiny", settings=loaded.settings)
     for name in (folder.WEIGHTS, folder.CONFIG):
         assert (again / name).read_bytes() == (tmp_path / "adapter" / name).read_bytes()
+
+
+def test_a_loaded_adapter_goes_on_under_the_same_settings(base, settings, tmp_path):
+    fresh = copy.deepcopy(base)
+    attach(base, settings, seed=0)
+    folder.save(base, tmp_path, base="tiny", settings=settings)
+    folder.load(fresh, tmp_path)
+    for model in (base, fresh):
+        assert continues(model, settings)
+        assert continues(model, replace(settings, dropout=0.25))
+        assert not continues(model, replace(settings, r=3))
+        assert not continues(model, FullSettings())
+        others = [other for other in SETTINGS.values() if replace(other, dropout=0.0) != replace(settings, dropout=0.0)]
+        assert not [other for other in others if continues(model, other)]
 
 
 def test_swapped_restores_bitwise(model, logits, train, tokens):

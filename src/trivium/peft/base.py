@@ -164,6 +164,25 @@ def dropping(model: nn.Module, on: bool) -> None:
         delta.dropping = on
 
 
+def continues(model: nn.Module, settings: Settings) -> bool:
+    """Whether ``settings`` ask for just the deltas that ``model`` has, so that these can train on.
+
+    Settings read from a folder name modules one by one where a recipe says "all-linear"; what counts is what would
+    be hung: the same targets, kinds, shapes and constants. Dropout may differ, being no part of the function.
+    """
+    plan = plan_for(model, settings)
+    hung = deltas(model)
+    if plan is None or plan.deltas.keys() != hung.keys():
+        return False
+    return all(_signature(plan.deltas[name]) == _signature(delta) for name, delta in hung.items())
+
+
+def _signature(delta: Delta) -> tuple[Any, ...]:
+    state_of_use = ("training", "enabled", "dropping", "dropout")
+    constants = {k: v for k, v in vars(delta).items() if k not in state_of_use and isinstance(v, (int, float, str))}
+    return type(delta), constants, {name: weight.shape for name, weight in delta.named_parameters()}
+
+
 @contextmanager
 def off(model: nn.Module) -> Iterator[None]:
     """The base, bitwise, for the length of the block."""
