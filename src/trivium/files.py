@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from trivium.errors import DiskError, ModelError
+from trivium.errors import DiskError, ModelError, UserError
 
 PARTIAL = ".partial"
 
@@ -26,12 +26,19 @@ def clear_errors(path: Path) -> Iterator[None]:
     """One line for a disk that is full, read-only or not ours."""
     try:
         yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            with contextlib.suppress(OSError):
-                free = shutil.disk_usage(_existing(path)).free
-                raise DiskError(f"{path}: the disk is full ({free / 2**20:,.0f} MB free)", "free some space") from None
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+    except UserError:
+        raise
+    except Exception as error:
+        # safetensors reports the system's errors as text, in an exception of its own
+        code = error.errno if isinstance(error, OSError) else None
+        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
+            free = shutil.disk_usage(_existing(path)).free
+            raise DiskError(
+                f"{path}: the disk is full ({free / 2**20:,.0f} MB free)", "free some space, then run the same command"
+            ) from None
+        if not isinstance(error, OSError):
+            raise
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise DiskError(f"{path}: cannot be written ({error.strerror})", "choose another folder with --out") from None
         raise
 
@@ -91,6 +98,7 @@ def finish_folder(partial: Path, final: Path) -> None:
     """Make ``partial`` durable and put it in the place of ``final``, which is replaced if it is there."""
     with clear_errors(final):
         for file in sorted(p for p in partial.rglob("*") if p.is_file()):
+            file.chmod(0o644 & ~_umask())  # safetensors writes files that only their owner can read
             with file.open("rb") as opened:
                 os.fsync(opened.fileno())
         if final.exists():
@@ -107,6 +115,12 @@ def finish_folder(partial: Path, final: Path) -> None:
             os.fsync(handle)
         finally:
             os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def sha256_file(path: Path) -> str:

@@ -65,6 +65,23 @@ def open_folder(
     return Opened(opened.model, attached.settings, base, attached.notes)
 
 
+def method_of(folder: Path) -> dict[str, Any] | None:
+    """The recipe's words for the adapter in ``folder``, so that a stage can go on training it; None: no adapter."""
+    if not is_adapter(folder):
+        return None
+    record = record_of(folder)
+    if record is not None and isinstance(record.get("settings"), dict):
+        method = record["settings"].get("method")
+        return method if isinstance(method, dict) else None
+    from trivium.peft.folder import read_config
+
+    config = read_config(folder)
+    if config.get("peft_type") != "LORA":
+        return None
+    names = {"r": "r", "lora_alpha": "alpha", "target_modules": "target_modules", "use_rslora": "rslora"}
+    return {"name": "lora", **{ours: config[theirs] for theirs, ours in names.items() if config.get(theirs)}}
+
+
 def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 

@@ -47,6 +47,7 @@ class Stage(Strict):
     max_length: int | None = Field(
         None, ge=2, description="Longest example in tokens: longer text is split, longer rows are set aside and counted."
     )
+    bad_rows: float | None = Field(None, ge=0, le=1, description="Share of unusable rows at which the run stops.")
     train_on: Literal["assistant", "last", "all"] | None = Field(
         None, description="Which turns of a conversation are trained."
     )

@@ -39,8 +39,8 @@ def run_recipe(recipe: Recipe, out: Path, until: str | None = None) -> dict[str,
     summary: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, "stages": []}
     start: Link | None = None
     for stage in recipe.stages:
-        parent = settings.get(stage.from_) if stage.from_ else None
-        full, notes = resolve(stage, recipe, parent)
+        parent = settings[stage.from_].model_dump() if stage.from_ else _given_method(recipe)
+        full, notes = resolve(stage, recipe, parent, stage.from_ or "the model")
         settings[stage.name] = full
         say(f"{stage.name}: {stage.stage} from {stage.from_ or 'the model'}")
         for note in notes:
@@ -105,6 +105,8 @@ def _stage(recipe: Recipe, stage: Stage, parent: Link, out: Path) -> dict[str, A
 
 def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path) -> tuple[Any, Any]:
     """The stage under way, and a function that tells where an adapter's base lies once it is known."""
+    import torch
+
     from trivium.folder import identity_of, open_folder, relative
     from trivium.peft import base as deltas
     from trivium.peft.settings import FullSettings, settings_for
@@ -114,11 +116,17 @@ def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path
     device = pick_device(stage.device)
     new = parent.source == "new"
     dtype = pick_dtype(stage.dtype, device)
-    opened = _new(recipe, out, dtype, device) if new else open_folder(parent.source, dtype, device, _overrides(recipe, parent))
     method = stage.method or {"name": "full"}
     wanted = settings_for(method["name"], {k: v for k, v in method.items() if k != "name"})
+    # trained weights are float32, so a model to be trained in full is read in it, whatever it computes in
+    held = "float32" if isinstance(wanted, FullSettings) else dtype
+    changes = _overrides(recipe, parent)
+    opened = _new(recipe, out, held, device) if new else open_folder(parent.source, held, device, changes)
+    opened.model.dtype = getattr(torch, dtype)
+    if _is_start(recipe, parent) and recipe.model.get("add_tokens"):  # type: ignore[union-attr]
+        _add_tokens(opened.model, stage, wanted)
     place = opened.base or parent.source
-    if not isinstance(opened.settings, FullSettings) and opened.settings != wanted:
+    if deltas.deltas(opened.model.hf) and not deltas.continues(opened.model.hf, wanted):
         say("  another method than its parent's: the parent's adapter is merged into its base first")
         deltas.merge(opened.model.hf)
         opened.settings, opened.base = FullSettings(), None
@@ -183,11 +191,40 @@ def _start(recipe: Recipe, stage: Stage, out: Path) -> Link:
     return Link(source, sha256_json([identity, changes]) if changes else identity, lineage)
 
 
+def _given_method(recipe: Recipe) -> dict[str, Any] | None:
+    """The method of the adapter folder that the recipe starts from, if it is one."""
+    from trivium.folder import method_of
+
+    source = recipe.model if isinstance(recipe.model, str) else recipe.model.get("path")
+    method = method_of(Path(source)) if isinstance(source, str) else None
+    return {"method": method} if method else None
+
+
 def _overrides(recipe: Recipe, parent: Link) -> dict[str, Any]:
     """What the recipe changes in the config of the model it starts from."""
-    if not isinstance(recipe.model, dict) or parent.source != recipe.model.get("path"):
+    if not _is_start(recipe, parent):
         return {}
+    assert isinstance(recipe.model, dict)
     return {k: v for k, v in recipe.model.items() if k not in ("path", "add_tokens")}
+
+
+def _is_start(recipe: Recipe, parent: Link) -> bool:
+    """Whether ``parent`` is the given model that the recipe describes by a mapping."""
+    return isinstance(recipe.model, dict) and parent.source == recipe.model.get("path")
+
+
+def _add_tokens(model: Any, stage: Stage, settings: Any) -> None:
+    """ChatML's two tokens for a base that has no chat template; their embedding rows are trained, so only in full."""
+    from trivium.model.tokens import add_chat_tokens
+    from trivium.peft.settings import FullSettings
+
+    if not isinstance(settings, FullSettings):
+        raise RecipeError(
+            f"model.add_tokens: new embedding rows must be trained, and stages.{stage.name} trains an adapter",
+            "use method: full in the first stage, or leave add_tokens out: plain-text role markers need no new tokens",
+        )
+    added = add_chat_tokens(model, int(stage.seed or 0))
+    say(f"  {added} tokens added to the vocabulary" if added else "  add_tokens: the tokenizer already has what it needs")
 
 
 def _tokenizer(recipe: Recipe, stage: Stage, out: Path) -> None:

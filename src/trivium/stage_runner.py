@@ -25,7 +25,7 @@ from trivium.data.loader import Batching, RunOrder, pack
 from trivium.data.templates import chat_template
 from trivium.errors import DataError, ModelError, RecipeError
 from trivium.evaluate.held_out import evaluate
-from trivium.files import folder_bytes
+from trivium.files import clear_errors, folder_bytes
 from trivium.folder import Opened
 from trivium.forest import Example, Forest, lay_out
 from trivium.model.language_model import LanguageModel
@@ -33,6 +33,7 @@ from trivium.model.proof import TOLERANCE, Proof, prove
 from trivium.objectives import objective
 from trivium.peft import base as deltas
 from trivium.peft import folder as adapter
+from trivium.peft.targets import decoder_layers
 from trivium.peft.settings import FullSettings, Settings, settings_for
 from trivium.recipe import Stage
 from trivium.stages import STAGES
@@ -93,6 +94,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         settings, parent = _attach(run)
         _set_dropout(model, stage.dropout or 0.0)
         order = _order(stage, data.examples)
+        layers = list(decoder_layers(model.hf).values())
         goal = objective(str(stage.loss), stage.beta)
         proof = prove(model, _probe(data.examples))
         say(f"  {proof.line()}")
@@ -113,7 +115,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
                 reference = UnderParent(model.logprob, lambda: _as_parent(model, parent))
         with costs.clock("setup_seconds"):
             _prove_start(goal, model, reference, data.examples, proof)
-            stack.enter_context(recompute.recomputed(model.decoder_layers(), _recompute(stage, model, data.examples)))
+            stack.enter_context(recompute.recomputed(layers, _recompute(stage, model, data.examples)))
         before = _evaluate(run, goal, reference, held_out_forests)
         log = TrainingLog(run.folder / "metrics.jsonl", stage.name, len(order), peak)
         stack.callback(log.close)
@@ -147,7 +149,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         train(task, after_step)
         deltas.dropping(model.hf, False)
         _set_dropout(model, 0.0)
-        with costs.clock("save_seconds"):
+        with costs.clock("save_seconds"), clear_errors(run.folder):
             _round_to(model.hf, model.saved_dtype)
             _save(run, settings, base, template)
         after = _evaluate(run, goal, reference, held_out_forests)
@@ -175,6 +177,7 @@ def _data(stage: Stage, model: LanguageModel, template: ChatTemplate) -> tuple[P
         return prepare(
             places, kind=kind, tokenizer=model.tokenizer, template=template,
             train_on=stage.train_on or "assistant", max_length=stage.max_length, context=limit, holdout=holdout,
+            bad_rows=stage.bad_rows if stage.bad_rows is not None else 0.01,
         )  # fmt: skip
 
     data = ready(stage.data, float(share))
@@ -194,10 +197,11 @@ def _attach(run: StageRun) -> tuple[Settings, dict[str, torch.Tensor] | None]:
     assert stage.method is not None
     values = {k: v for k, v in stage.method.items() if k != "name"}
     settings = settings_for(stage.method["name"], values)
-    if not isinstance(opened.settings, FullSettings) and opened.settings == settings:
+    if deltas.deltas(model.hf):  # the caller has merged any that cannot go on
         say(f"  goes on training the {stage.method['name']} adapter of its parent")
         for delta in deltas.deltas(model.hf).values():
             delta.float().requires_grad_(True)
+            delta.dropout = getattr(settings, "dropout", 0.0)  # type: ignore[assignment]
         parent = deltas.state(model.hf)
         attached = deltas.describe(model.hf, settings, [])
     else:
@@ -303,7 +307,7 @@ def _recompute(stage: Stage, model: LanguageModel, examples: list[Example]) -> b
 
 
 def _optimizers(stage: Stage, model: LanguageModel) -> list[torch.optim.Optimizer]:
-    inside = {id(p) for layer in model.decoder_layers() for p in layer.parameters()}
+    inside = {id(p) for layer in decoder_layers(model.hf).values() for p in layer.parameters()}
     hidden = {n for n, p in model.hf.named_parameters() if id(p) in inside}
     return build_optimizers(
         model.hf, hidden, str(stage.optimizer), float(stage.learning_rate or 0), float(stage.weight_decay or 0)

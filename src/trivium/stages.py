@@ -30,6 +30,7 @@ COMMON = {
     "micro_batch_tokens": 2048,
     "epochs": 1.0,
     "eval_data": 0.05,
+    "bad_rows": 0.01,
     "method": {"name": "full"},
 }
 
@@ -58,19 +59,23 @@ PEFT_RATE = 10.0
 INHERITED = ("method", "dtype", "device", "recompute", "micro_batch_tokens")
 
 # What only arranges or shows the work: it does not enter a stage's identity.
-NOT_IDENTITY = {"name", "from_", "data", "eval_data", "eval_every", "micro_batch_tokens", "recompute", "device"}
+NOT_IDENTITY = {"name", "from_", "data", "eval_data", "eval_every", "bad_rows", "micro_batch_tokens", "recompute", "device"}
 
 
-def resolve(stage: Stage, recipe: Recipe, parent: Stage | None) -> tuple[Stage, list[str]]:
-    """The stage with every setting filled in, and a line for each kind of value that was not written in the recipe."""
+def resolve(
+    stage: Stage, recipe: Recipe, parent: dict[str, Any] | None, parent_name: str
+) -> tuple[Stage, list[str]]:
+    """The stage with every setting filled in, and a line for each kind of value that was not written in the recipe.
+
+    ``parent`` holds the settings of what it starts from: a stage's, or just the method of a given adapter folder.
+    """
+    parent = parent or {}
     known = {k: v for k in Stage.model_fields if (v := getattr(stage, k)) is not None}
-    inherited, defaulted = {}, {}
-    for key in INHERITED:
-        if key not in known and parent is not None and getattr(parent, key) is not None:
-            inherited[key] = getattr(parent, key)
-    if stage.method is not None and parent is not None and parent.method and set(stage.method) == {"name"}:
-        if stage.method["name"] == parent.method["name"]:
-            inherited["method"] = parent.method  # `method: lora` on a LoRA parent goes on with that adapter
+    inherited: dict[str, Any] = {k: parent[k] for k in INHERITED if k not in known and parent.get(k) is not None}
+    defaulted: dict[str, Any] = {}
+    method = parent.get("method") or {}
+    if stage.method is not None and set(stage.method) == {"name"} and stage.method["name"] == method.get("name"):
+        inherited["method"] = method  # `method: lora` on a LoRA parent goes on with that adapter
     have = {**known, **inherited}
     alternatives = {"epochs": "max_steps", "batch_size": "batch_tokens", "batch_tokens": "batch_size"}
     for key, value in STAGES[stage.stage].defaults.items():
@@ -81,10 +86,9 @@ def resolve(stage: Stage, recipe: Recipe, parent: Stage | None) -> tuple[Stage, 
     if "seed" not in have:
         inherited["seed"] = recipe.seed
     lines = []
-    if inherited and parent is not None:
-        shown = {k: v for k, v in inherited.items() if k != "seed"}
-        if shown:
-            lines.append(f"from {parent.name}: " + ", ".join(_shown(k, v) for k, v in sorted(shown.items())))
+    shown = {k: v for k, v in inherited.items() if k != "seed"}
+    if shown:
+        lines.append(f"from {parent_name}: " + ", ".join(_shown(k, v) for k, v in sorted(shown.items())))
     if defaulted:
         lines.append(f"defaults of {stage.stage}: " + ", ".join(_shown(k, v) for k, v in sorted(defaulted.items())))
     return stage.model_copy(update={**inherited, **defaulted}), lines
@@ -94,6 +98,7 @@ def _shown(key: str, value: Any) -> str:
     if isinstance(value, dict):
         rest = {k: v for k, v in value.items() if k != "name"}
         value = value["name"] + (f" ({', '.join(f'{k} {v}' for k, v in rest.items())})" if rest else "")
+        return f"{key} {value}"
     return f"{key} {value:g}" if isinstance(value, float) else f"{key} {value}"
 
 

@@ -27,6 +27,7 @@ talk.add_to(app)
 def main() -> None:
     """Run a command; a user's mistake becomes its message and exit code, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own progress bars; ours says what is going on
     signal.signal(signal.SIGTERM, _terminate)
     try:
         app(standalone_mode=True)

@@ -64,13 +64,13 @@ def prepare(
     max_length: int | None = None,
     context: int,
     holdout: float = 0.0,
-    check: bool = True,
+    bad_rows: float = 0.01,
 ) -> Prepared:
     """Read, recognise, render and tokenise all rows of ``path``.
 
     ``holdout`` is the part of the rows kept out of training, decided by each row's own content: adding rows moves
     none from one side to the other, and identical rows are on the same side.
-    Raises DataError where a file is missing or (unless ``check`` is off) nothing useful is left.
+    Raises DataError where a file is missing, nothing useful is left, or more than ``bad_rows`` (a share) are unusable.
     """
     assert kind == "text" or template is not None, "conversations and pairs need a chat template"
     paths = [Path(path)] if isinstance(path, (str, Path)) else [Path(p) for p in path]
@@ -87,8 +87,7 @@ def prepare(
             _finish_chats(drafts, template, kind, limit, done)
     done.sha256 = sha256_of(f for p in paths for f in files_of(p))
     done.ledger.balance()
-    if check:
-        done.ledger.check()
+    done.ledger.check(bad_rows)
     return done
 
 

@@ -33,13 +33,13 @@ class Ledger:
         placed = self.used + self.held_out + self.over_long + len(self.set_aside)
         assert self.read == placed, f"{self.read} rows were read but {placed} accounted for"
 
-    def check(self) -> None:
-        """Raises DataError where nothing is left to learn from, or most rows do not fit."""
+    def check(self, allowed: float = 0.01) -> None:
+        """Raises DataError where nothing is left to learn from, or more than ``allowed`` of the rows are unusable."""
         self.balance()
         if self.read == 0:
             raise DataError(f"no rows in {self.source}", "Give a file with at least one row.")
         bad = len(self.set_aside)
-        if self.used and bad * 2 <= self.read:
+        if self.used and bad <= allowed * self.read:
             return
         if self.over_long > bad:
             raise DataError(
@@ -47,13 +47,16 @@ class Ledger:
                 f"{self.limit} tokens (first {self.over_long_at[0][0]}: {self.over_long_at[0][1]})",
                 f"The longest row has {self.longest} tokens: raise max_length, or split the rows.",
             )
-        what = "too little to learn from" if self.used else "nothing to learn from"
         if not bad:
-            raise DataError(f"{what} in {self.source}: every usable row is held out", "Hold out fewer rows.")
-        first = "\n".join(f"  {origin}: {reason}" for origin, reason in self.set_aside[:3])
+            raise DataError(
+                f"nothing to learn from in {self.source}: every usable row is held out", "Hold out fewer rows."
+            )
+        origin, reason = self.set_aside[0]
         raise DataError(
-            f"{what} in {self.source}: {bad} of {self.read} rows cannot be used, the first of them:\n{first}",
-            "Mend these rows, or name the stage or file that they belong to.",
+            f"{origin}: {reason} ({bad} of {self.read} rows cannot be used)",
+            f"Mend these rows, or allow so many with bad_rows: {min(1.0, bad / self.read + 0.001):.2g}."
+            if self.used
+            else "Mend these rows: no row of this data can be used.",
         )
 
     def as_dict(self) -> dict[str, Any]:

@@ -8,9 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from trivium.errors import ModelError
 from trivium.forest import Forest
 from trivium.model import attention
 from trivium.model.layout import hidden_states
@@ -87,16 +86,6 @@ class LanguageModel:
         if self.hf.config._attn_implementation != name:
             attention.register()
             self.hf.set_attn_implementation(name)
-
-    def decoder_layers(self) -> list[nn.Module]:
-        """The decoder's layers, in order."""
-        count = getattr(self.config, "num_hidden_layers", None)
-        for module in self.hf.base_model.modules():
-            if isinstance(module, nn.ModuleList) and len(module) == count:
-                return list(module)
-        raise ModelError(
-            f"{type(self.hf).__name__}: no list of {count} decoder layers found", "use a decoder-only language model"
-        )
 
     def parameters(self) -> int:
         """Parameters in all, tied ones counted once."""

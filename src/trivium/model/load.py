@@ -65,8 +65,10 @@ def load_base(source: str, dtype: str, device: str, overrides: dict[str, Any] | 
         raise ModelError(
             f"{source}: its weights lack {len(missing)} tensors, e.g. {missing[0]}", "use a complete model folder"
         )
-    if hasattr(hf.config, "quantization_config"):
-        del hf.config.quantization_config  # GGUF is dequantised on loading; saving it would claim otherwise
+    if extra and hasattr(hf.config, "quantization_config"):
+        # GGUF is dequantised on loading; saving it would claim otherwise
+        del hf.config.quantization_config
+        hf.hf_quantizer = None
     return wrap(hf.to(device).eval(), tokenizer, dtype, getattr(torch, str(saved or "float32").removeprefix("torch.")))
 
 

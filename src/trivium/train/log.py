@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -57,6 +58,7 @@ class TrainingLog:
         self.shown = now
         line = self.line(log, now)
         if self.live:
+            line = line[: shutil.get_terminal_size().columns - 1]  # a wrapped line could not be written over
             sys.stderr.write("\r\x1b[2K" + line + ("\n" if last else ""))
             sys.stderr.flush()
         else:
