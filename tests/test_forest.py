@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -34,7 +36,7 @@ def tries(draw) -> list[Example]:
         weights = (rng.random(len(grown)) < rng.choice([0.0, 0.2, 1.0])) * rng.choice([0.5, 1.0, 2.0], len(grown))
         sequences.append(TokenSequence(grown.astype(np.int64), weights.astype(np.float32)))
     cuts = sorted({0, len(sequences), *rng.integers(0, len(sequences) + 1, 2).tolist()})
-    return [Example(tuple(sequences[a:b])) for a, b in zip(cuts[:-1], cuts[1:], strict=True)]
+    return [Example(tuple(sequences[a:b])) for a, b in itertools.pairwise(cuts)]
 
 
 def flat(examples: list[Example]) -> list[TokenSequence]:
@@ -132,7 +134,7 @@ def test_segments_partition_the_line_at_its_branches(examples, share):
     forest = lay_out(examples, share)
     paths, end = ancestors(forest), forest.subtree_end.numpy()
     covered = []
-    children = {place: 0 for place in range(-1, len(end))}
+    children = dict.fromkeys(range(-1, len(end)), 0)
     for path in paths:
         children[path[-2] if len(path) > 1 else -1] += 1
     for number, segment in enumerate(forest.segments):
@@ -141,11 +143,8 @@ def test_segments_partition_the_line_at_its_branches(examples, share):
         assert segment.length > 0
         assert len(set(end[places])) == 1
         assert forest.position[places].tolist() == list(range(segment.depth, segment.depth + segment.length))
-        spelled = [
-            p
-            for n in forest.path(number)
-            for p in range(forest.segments[n].start, forest.segments[n].start + forest.segments[n].length)
-        ]
+        above = [forest.segments[n] for n in forest.path(number)]
+        spelled = [place for a in above for place in range(a.start, a.start + a.length)]
         assert spelled == paths[places[-1]]
         before = paths[places[0]][-2] if segment.depth else -1
         assert before < 0 or children[before] > 1, "a segment begins only behind a branching"
@@ -218,7 +217,8 @@ def test_sequences_without_anything_to_train_take_no_room():
 @pytest.mark.parametrize(
     "examples", [[], [Example((sequence([]),))], [Example((sequence([9]), sequence([4, 4], [1, 0])))]]
 )
-def test_a_batch_of_nothing(examples):
+def test_a_batch_of_nothing(rows):
+    examples = [Example(tuple(row)) for row in rows]
     forest = lay_out(examples)
     assert len(forest.tokens) == len(forest.source) == len(forest.segments) == forest.longest == 0
     assert forest.sequences == len(flat(examples))

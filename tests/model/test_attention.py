@@ -1,4 +1,4 @@
-"""Forest attention against a dense reference that is told, for each token, the tokens on its path; values, gradients."""
+"""Forest attention against a dense reference that follows each token's path: values and gradients."""
 
 from __future__ import annotations
 

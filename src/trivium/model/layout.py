@@ -5,13 +5,15 @@
              attention mixes positions (linear attention, convolutions), or that ignore the forest
     single   one row at a time: for models in which rows of different lengths influence each other
 
-All three give the same numbers; the proof before training picks the first that does.
+All three give the same numbers; the proof before training picks the first that does. It proves ``rows`` with all rows
+``together`` in one padded batch, as training may put any of them side by side.
 
 Shapes:  T tokens on the line,  K entries,  S sequences,  B rows,  L their length,  D width.
 """
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -36,7 +38,8 @@ def hidden_states(body: Any, forest: Forest, layout: str, fill_to: int | None = 
             forest=Plan(filled_forest),
         )
         return out.last_hidden_state[0].index_select(0, forest.source)
-    return _row_states(body, forest, single=layout == "single")
+    budget = {"rows": len(forest.tokens), "together": sys.maxsize, "single": 0}[layout]
+    return _row_states(body, forest, budget)
 
 
 def filled(forest: Forest, multiple: int) -> Forest:
@@ -73,16 +76,16 @@ def sequence_rows(forest: Forest) -> list[tuple[np.ndarray, np.ndarray]]:
     return rows
 
 
-def _row_states(body: Any, forest: Forest, single: bool) -> Tensor:
+def _row_states(body: Any, forest: Forest, budget: int) -> Tensor:
+    """The states of padded rows, as many rows at once as make ``budget`` tokens, or one."""
     rows = sequence_rows(forest)
     order = sorted((n for n in range(len(rows)) if len(rows[n][0])), key=lambda n: len(rows[n][0]))
-    budget = 1 if single else max(len(forest.tokens), 1)
     states: dict[int, Tensor] = {}
     group: list[int] = []
     for at, n in enumerate(order):
         group.append(n)
-        following = len(rows[order[at + 1]][0]) if at + 1 < len(order) else budget + 1
-        if following * (len(group) + 1) > budget:
+        last = at + 1 == len(order)
+        if last or len(rows[order[at + 1]][0]) * (len(group) + 1) > budget:
             ids = [forest.tokens[torch.from_numpy(rows[m][0]).to(forest.tokens.device)] for m in group]
             padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)
             out = body(input_ids=padded, use_cache=False).last_hidden_state

@@ -32,7 +32,9 @@ def new_config(sizes: dict[str, Any], tokenizer: Any) -> Any:
             remedy = f"keys of {architecture}: {listed(names, 40)}"
             raise RecipeError(f"model.{key}: {architecture} has no such setting{nearest(key, names)}", remedy)
     given = {**_derived(sizes, names), **sizes, **_from_tokenizer(tokenizer)}
-    _check(given)
+    _check(given, sizes)
+    if "qk_rope_head_dim" in names:
+        given.pop("head_dim", None)  # with latent attention it is the rotary part's alone, and set by the class
     known = {k: v for k, v in given.items() if k in names}
     try:
         return config_class(**known)
@@ -84,7 +86,7 @@ def _derived(sizes: dict[str, Any], names: set[str]) -> dict[str, Any]:
         "shared_expert_intermediate_size": inner,
         "kv_lora_rank": max(16, width // 4),
         "q_lora_rank": max(16, width // 2),
-        "qk_rope_head_dim": max(8, head // 2),
+        "qk_rope_head_dim": max(8, head // 4 * 2),
         "qk_nope_head_dim": head,
         "v_head_dim": head,
         "hidden_size_per_layer_input": max(16, width // 4),
@@ -107,14 +109,17 @@ def _from_tokenizer(tokenizer: Any) -> dict[str, Any]:
     return {"vocab_size": len(tokenizer), "vocab_size_per_layer_input": len(tokenizer), **ids}
 
 
-def _check(given: dict[str, Any]) -> None:
+def _check(given: dict[str, Any], sizes: dict[str, Any]) -> None:
     """Contradictions that would otherwise surface as a shape error deep inside the model."""
+    for key in ("hidden_size", "num_hidden_layers", "num_attention_heads"):
+        if given.get(key) == 0:
+            raise RecipeError(f"model.{key}: 0 leaves no model", f"give model.{key} a positive number")
     width, heads = given["hidden_size"], given.get("num_attention_heads")
     kv = given.get("num_key_value_heads") or heads
     for key, value in given.items():
         if isinstance(value, int) and not key.endswith("_id") and not isinstance(value, bool) and value < 0:
             raise RecipeError(f"model.{key}: {value} is negative", f"give model.{key} a positive number")
-    if heads and "head_dim" not in given and width % heads:
+    if heads and "head_dim" not in sizes and width % heads:
         raise RecipeError(
             f"model.hidden_size: {width} cannot be split into num_attention_heads: {heads}",
             f"make hidden_size a multiple of {heads}, or give head_dim",

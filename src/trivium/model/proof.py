@@ -61,7 +61,7 @@ def prove(model: LanguageModel, examples: list[Example]) -> Proof:
     refused: list[str] = []
     for layout in LAYOUTS:
         try:
-            with model.laid_out(layout):
+            with model.laid_out("together" if layout == "rows" else layout):
                 with torch.no_grad():
                     apart = float((model.logprob(forest) - expected).abs().max())
                 grads = _gradients(model, model.logprob(small), small) if small is not None else {}
@@ -119,6 +119,9 @@ def _gradients_apart(grads: dict[str, Tensor], expected: dict[str, Tensor]) -> f
     """Largest difference of any gradient, relative to the largest gradient there is."""
     if set(grads) != set(expected):
         return float("inf")
-    scale = max((float(g.abs().max()) for g in expected.values()), default=0.0)
-    apart = max((float((grads[n] - g).abs().max()) for n, g in expected.items()), default=0.0)
+    if not expected:
+        return 0.0
+    scale = float(torch.stack([g.abs().max().float().cpu() for g in expected.values()]).max())
+    # torch's maximum keeps a NaN, Python's loses it
+    apart = float(torch.stack([(grads[n] - g).abs().max().float().cpu() for n, g in expected.items()]).max())
     return apart / scale if scale else apart
