@@ -1,0 +1,140 @@
+"""The order of a run: a pure function of lengths, seed and settings, in which nothing is lost or taken twice."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trivium.data.loader import Batching, RunOrder, pack, permutation
+from trivium.errors import DataError
+
+SIZES = st.lists(st.integers(0, 50), min_size=1, max_size=40)
+
+
+@st.composite
+def plans(draw) -> tuple[list[int], Batching]:
+    by_size = draw(st.booleans())
+    by_epochs = draw(st.booleans())
+    batching = Batching(
+        seed=draw(st.integers(0, 2**40)),
+        micro_batch_tokens=draw(st.integers(1, 200)),
+        batch_size=draw(st.integers(1, 50)) if by_size else None,
+        batch_tokens=None if by_size else draw(st.integers(1, 300)),
+        epochs=draw(st.sampled_from([0.3, 1, 1.5, 2, 3])) if by_epochs else None,
+        max_steps=None if by_epochs else draw(st.integers(1, 12)),
+    )
+    sizes = draw(SIZES)
+    return (sizes if sum(sizes) else [*sizes, 1]), batching
+
+
+def steps(order: RunOrder) -> list[list[int]]:
+    return [[i for batch in order[n] for i in batch] for n in range(len(order))]
+
+
+@given(plans())
+@settings(max_examples=200, deadline=None)
+def test_every_example_exactly_once_per_epoch(plan):
+    sizes, batching = plan
+    order = RunOrder(sizes, batching)
+    # a step is a set; the stream within it is that of the plan's own permutations, cut where the steps end
+    counts = Counter(i for step in steps(order) for i in step)
+    total = sum(counts.values())
+    assert total == order.bounds[-1]
+    assert set(counts.values()) <= {total // len(sizes), total // len(sizes) + 1}
+    assert order.epochs == total / len(sizes)
+    stream = [int(i) for e in range(total // len(sizes) + 1) for i in permutation(len(sizes), batching.seed, e)]
+    place = 0
+    for step in steps(order):
+        assert sorted(step) == sorted(stream[place : place + len(step)])
+        place += len(step)
+
+
+@given(plans())
+@settings(max_examples=200, deadline=None)
+def test_steps_are_as_many_and_as_large_as_asked(plan):
+    sizes, batching = plan
+    order = RunOrder(sizes, batching)
+    found = steps(order)
+    assert all(found), "no step is empty"
+    if batching.max_steps:
+        assert len(order) == batching.max_steps
+    else:
+        assert sum(map(len, found)) == max(1, round(batching.epochs * len(sizes)))
+    for number, step in enumerate(found):
+        last = number == len(found) - 1 and batching.max_steps is None
+        if batching.batch_size:
+            assert len(step) == batching.batch_size or (last and len(step) <= batching.batch_size)
+            continue
+        tokens = sum(sizes[i] for i in step)
+        assert tokens >= batching.batch_tokens or last
+        # one example less would not have been enough: the step stops at the first that reaches its tokens
+        at = order.bounds[number + 1] - 1
+        assert tokens - sizes[order._at(at)] < batching.batch_tokens
+
+
+@given(plans())
+@settings(max_examples=50, deadline=None)
+def test_the_plan_is_a_pure_function(plan):
+    sizes, batching = plan
+    one = [RunOrder(sizes, batching)[n] for n in range(len(RunOrder(sizes, batching)))]
+    permutation.cache_clear()
+    other = RunOrder(list(sizes), batching)
+    assert [other[n] for n in reversed(range(len(other)))][::-1] == one, "in any order, with or without the cache"
+
+
+@given(SIZES, st.integers(1, 120))
+@settings(max_examples=200, deadline=None)
+def test_packing_loses_nothing_and_keeps_to_the_limit(sizes, limit):
+    chosen = [*range(len(sizes)), *range(0, len(sizes), 3)]  # a step across two epochs may hold an example twice
+    batches = pack(chosen, sizes, limit)
+    assert sorted(i for batch in batches for i in batch) == sorted(chosen)
+    for batch in batches:
+        assert batch
+        assert sum(sizes[i] for i in batch) <= limit or len([i for i in batch if sizes[i]]) == 1
+    filled = sorted(sum(sizes[i] for i in batch) for batch in batches)
+    if len(filled) > 1:
+        assert filled[0] + filled[1] > limit, "two batches that would fit in one"
+
+
+def test_packing_by_hand():
+    assert pack([0, 1, 2, 3, 4], [5, 9, 3, 12, 1], 10) == [[3], [1, 4], [0, 2]]
+
+
+def test_a_seed_and_an_epoch_have_their_own_order():
+    orders = {tuple(permutation(50, seed, epoch).tolist()) for seed in (0, 1) for epoch in (0, 1, 2)}
+    assert len(orders) == 6
+    assert all(sorted(o) == list(range(50)) for o in orders)
+
+
+def test_the_order_of_a_seed_never_changes():
+    """Runs are resumed and repeated across versions: these numbers are part of the format."""
+    assert permutation(8, 0, 0).tolist() == [3, 2, 1, 6, 0, 7, 4, 5]
+    assert permutation(8, 7, 3).tolist() == [2, 4, 7, 3, 5, 1, 0, 6]
+
+
+def test_a_step_straddles_two_epochs():
+    order = RunOrder([1] * 5, Batching(seed=3, micro_batch_tokens=2, batch_size=4, epochs=2))
+    found = steps(order)
+    assert [len(s) for s in found] == [4, 4, 2]
+    first, second = permutation(5, 3, 0).tolist(), permutation(5, 3, 1).tolist()
+    assert sorted(found[0]) == sorted(first[:4])
+    assert sorted(found[1]) == sorted(first[4:] + second[:3])
+    assert sorted(found[2]) == sorted(second[3:])
+    assert all(len(batch) <= 2 for n in range(3) for batch in order[n])
+
+
+def test_packing_and_micro_batches_do_not_change_what_a_step_takes():
+    plain = {"seed": 1, "batch_size": 6, "epochs": 3.0}
+    sizes = [3, 8, 2, 9, 4, 4, 7, 1, 5, 6, 2]
+    small, large = (RunOrder(sizes, Batching(micro_batch_tokens=n, **plain)) for n in (9, 1000))
+    assert [sorted(s) for s in steps(small)] == [sorted(s) for s in steps(large)]
+    assert all(len(large[n]) == 1 for n in range(len(large)))
+    assert any(len(small[n]) > 2 for n in range(len(small)))
+
+
+def test_nothing_to_train_on():
+    with pytest.raises(DataError, match="nothing to train on"):
+        RunOrder([], Batching(seed=0, micro_batch_tokens=1, batch_size=1, epochs=1))
