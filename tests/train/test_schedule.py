@@ -38,7 +38,7 @@ def test_linear_by_hand():
 
 
 def test_wsd_is_stable_until_its_last_fifth():
-    assert course("wsd")[10:81] == [1.0] * 71
+    assert course("wsd")[10:81] == pytest.approx([1.0] * 71)
     assert WSD_DECAY == 0.2
     assert course("wsd")[81:] == pytest.approx([n / 20 for n in range(19, 0, -1)])
 
