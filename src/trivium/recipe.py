@@ -14,9 +14,10 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from trivium.errors import RecipeError, UserError, listed, nearest
+from trivium.objectives import OBJECTIVES
 from trivium.peft.settings import settings_for
+from trivium.stages import STAGES
 
-StageName = Literal["pretrain", "sft", "preference"]
 
 
 class Strict(BaseModel):
@@ -27,7 +28,7 @@ class Stage(Strict):
     """One step of the walk. Whatever is left out gets the default of its stage, or its parent's value, and is printed."""
 
     name: str = Field(description="The stage's name and the name of its folder.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    stage: StageName = Field(description="What it does: pretrain, sft or preference.")
+    stage: str = Field(description="What it does: pretrain, sft or preference.")
     from_: str | None = Field(None, alias="from", description="The stage it starts from; left out: the recipe's model.")
     data: str | list[str] = Field(description="File, folder, glob, hf://owner/name/path, or a list of them.")
     eval_data: str | float | None = Field(None, description="Held-out rows: a path, a share of data, or 0 for none.")
@@ -62,8 +63,15 @@ class Stage(Strict):
     )
     device: str | None = Field(None, description="cpu, cuda, cuda:1, mps; left out: the fastest there is.")
     method: dict[str, Any] | None = Field(None, description="name: full, lora or bottleneck, and its settings.")
-    loss: Literal["next_token", "dpo"] | None = Field(None, description="The objective.")
+    loss: str | None = Field(None, description="The objective: next_token or dpo.")
     beta: float | None = Field(None, gt=0, description="DPO's beta: how strongly it holds on to its parent.")
+
+    @field_validator("stage")
+    @classmethod
+    def _stage(cls, value: str) -> str:
+        if value not in STAGES:
+            raise ValueError(f"there is no such stage{nearest(value, STAGES)}; stages: {', '.join(STAGES)}")
+        return value
 
     @field_validator("method", mode="before")
     @classmethod
@@ -90,13 +98,14 @@ class Stage(Strict):
         for one, other in (("epochs", "max_steps"), ("batch_size", "batch_tokens")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"{one} and {other} contradict each other: give one of them")
-        wanted = {"preference": ("dpo",), "pretrain": ("next_token",), "sft": ("next_token",)}[self.stage]
+        rows = STAGES[self.stage].rows
+        wanted = [name for name, entry in OBJECTIVES.items() if rows in entry.rows]
         if self.loss is not None and self.loss not in wanted:
             raise ValueError(f"loss: a {self.stage} stage has {' or '.join(wanted)}, not {self.loss}")
-        if self.beta is not None and self.stage != "preference":
-            raise ValueError("beta: only a preference stage has one")
-        if self.train_on is not None and self.stage != "sft":
-            raise ValueError("train_on: only an sft stage has one")
+        if self.beta is not None and rows != "pair":
+            raise ValueError("beta: only a stage that learns from pairs has one")
+        if self.train_on is not None and rows != "conversation":
+            raise ValueError("train_on: only a stage that learns from conversations has one")
         full = self.method is None or self.method["name"] == "full"
         if self.optimizer == "muon" and not full:
             raise ValueError("optimizer: muon is for full training; use adamw with an adapter")

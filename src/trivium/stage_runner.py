@@ -95,7 +95,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         _set_dropout(model, stage.dropout or 0.0)
         order = _order(stage, data.examples)
         layers = list(decoder_layers(model.hf).values())
-        goal = objective(str(stage.loss), stage.beta)
+        goal = objective(stage.model_dump())
         proof = prove(model, _probe(data.examples))
         say(f"  {proof.line()}")
         model.layout = proof.layout

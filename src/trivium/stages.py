@@ -1,15 +1,19 @@
 """The table: what makes a stage. Its rows, its objective, its defaults; the loop knows none of it.
 
 A setting that the recipe leaves out comes from the parent stage if it is one that goes with the model, else from this
-table; each such value is printed once. To add a stage, add a line to `STAGES` and its name to `recipe.StageName`.
+table; each such value is printed once. CONTRIBUTING.md tells how to add a stage.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
-from trivium.recipe import Recipe, Stage
+from trivium.errors import RecipeError
+from trivium.train.machine import pick_device
+
+if TYPE_CHECKING:
+    from trivium.recipe import Recipe, Stage
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,6 @@ COMMON = {
     "recompute": "auto",
     "dropout": 0.0,
     "dtype": "auto",
-    "micro_batch_tokens": 2048,
     "epochs": 1.0,
     "eval_data": 0.05,
     "bad_rows": 0.01,
@@ -52,6 +55,9 @@ STAGES = {
     ),
 }  # fmt: skip
 
+# What one forward pass holds, in tokens: enough to keep the device busy, few enough to keep memory low.
+PASS_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}
+
 # An adapter starts near zero and is small: about ten times the full learning rate is what works in practice.
 PEFT_RATE = 10.0
 
@@ -68,9 +74,10 @@ def resolve(
     """The stage with every setting filled in, and a line for each kind of value that was not written in the recipe.
 
     ``parent`` holds the settings of what it starts from: a stage's, or just the method of a given adapter folder.
+    Raises RecipeError where the device asked for is not there, or an inherited value contradicts a given one.
     """
     parent = parent or {}
-    known = {k: v for k in Stage.model_fields if (v := getattr(stage, k)) is not None}
+    known = {k: v for k in type(stage).model_fields if (v := getattr(stage, k)) is not None}
     inherited: dict[str, Any] = {k: parent[k] for k in INHERITED if k not in known and parent.get(k) is not None}
     defaulted: dict[str, Any] = {}
     method = parent.get("method") or {}
@@ -81,8 +88,17 @@ def resolve(
     for key, value in STAGES[stage.stage].defaults.items():
         if key not in have and alternatives.get(key) not in have:
             defaulted[key] = value
-    if "learning_rate" in defaulted and {**have, **defaulted}["method"]["name"] != "full":
-        defaulted["learning_rate"] *= PEFT_RATE
+    if {**have, **defaulted}["method"]["name"] != "full":
+        if have.get("optimizer") == "muon":
+            remedy = "use adamw, or write method: full"
+            raise RecipeError(f"stages.{stage.name}.optimizer: muon is for full training, not for an adapter", remedy)
+        if "learning_rate" in defaulted:
+            defaulted["learning_rate"] *= PEFT_RATE
+    device = pick_device(have.get("device"))
+    if "device" not in have:
+        defaulted["device"] = device
+    if "micro_batch_tokens" not in have:
+        defaulted["micro_batch_tokens"] = PASS_TOKENS[device.split(":")[0]]
     if "seed" not in have:
         inherited["seed"] = recipe.seed
     lines = []

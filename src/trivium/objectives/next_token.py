@@ -6,6 +6,9 @@ log-likelihood of the trained tokens, per token.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from torch import Tensor
 
 from trivium.forest import Forest
@@ -17,7 +20,7 @@ def next_token_loss(logprob: Tensor, weight: Tensor) -> Tensor:
     return -(weight * logprob).sum()
 
 
-def next_token() -> Objective:
+def next_token(settings: Mapping[str, Any]) -> Objective:
     """The objective; its weight is the sum of the token weights."""
 
     def compute(logprob: Tensor, forest: Forest, reference: Tensor | None) -> Result:

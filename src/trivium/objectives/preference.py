@@ -6,6 +6,8 @@ Shapes:  K entries,  S = 2N sequences (chosen, rejected, chosen, ...),  N pairs.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch.nn.functional as F
 from torch import Tensor
@@ -22,23 +24,33 @@ def dpo_loss(chosen: Tensor, rejected: Tensor, beta: float) -> Tensor:
     return -F.logsigmoid(beta * (chosen - rejected))
 
 
-def dpo(beta: float) -> Objective:
-    """Direct preference optimisation. One pair weighs 1; before the first step the loss is ln 2."""
+def dpo(settings: Mapping[str, Any]) -> Objective:
+    """Direct preference optimisation. Before the first step the loss is ln 2."""
+    return pairwise("dpo", dpo_loss, settings["beta"], at_start=math.log(2))
+
+
+def pairwise(
+    name: str, loss: Callable[[Tensor, Tensor, float], Tensor], beta: float, at_start: float | None
+) -> Objective:
+    """An objective over pairs from ``loss(chosen [N], rejected [N], beta) -> [N]``. One pair weighs 1.
+
+    ``chosen`` and ``rejected`` are the answers' log-probabilities less the parent's.
+    """
 
     def compute(logprob: Tensor, forest: Forest, reference: Tensor | None) -> Result:
-        assert reference is not None, "DPO compares with the parent"
+        assert reference is not None, f"{name} compares with the parent"
         chosen, rejected = per_sequence(forest.weight * (logprob - reference), forest).view(-1, 2).unbind(1)
-        loss = dpo_loss(chosen, rejected, beta).sum()
+        total = loss(chosen, rejected, beta).sum()
         policy = per_sequence(forest.weight * logprob.detach(), forest).view(-1, 2).sum(0)
         margin = (beta * (chosen - rejected)).detach()
         stats = {
-            "loss": loss.detach(),
+            "loss": total.detach(),
             # a tie is half a success: what guessing would give
             "accuracy": ((margin > 0).float() + 0.5 * (margin == 0).float()).sum(),
             "margin": margin.sum(),
             "logprob_chosen": policy[0],
             "logprob_rejected": policy[1],
         }
-        return Result(loss, stats)
+        return Result(total, stats)
 
-    return Objective(f"dpo(beta={beta})", compute, lambda forest: forest.sequences / 2, True, math.log(2))
+    return Objective(f"{name}(beta={beta:g})", compute, lambda forest: forest.sequences / 2, True, at_start)
