@@ -92,11 +92,11 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         data, held_out = _data(stage, model, template)
         base = run.adapter_base() if stage.method and stage.method["name"] != "full" else None
         settings, parent = _attach(run)
-        _set_dropout(model, stage.dropout or 0.0)
         order = _order(stage, data.examples)
+        used = _used(order, data.examples)
         layers = list(decoder_layers(model.hf).values())
         goal = objective(stage.model_dump())
-        proof = prove(model, _probe(data.examples))
+        proof = prove(model, _probe(used))
         say(f"  {proof.line()}")
         model.layout = proof.layout
 
@@ -110,12 +110,12 @@ def run_stage(run: StageRun) -> dict[str, Any]:
             reference: Any = no_reference
             if goal.needs_reference and isinstance(settings, FullSettings):
                 say("  the parent's log-probabilities are computed once, as its weights are about to change")
-                reference = Remembered(model.logprob, [*forests(_used(order, data.examples)), *held_out_forests])
+                reference = Remembered(model.logprob, [*forests(used), *held_out_forests])
             elif goal.needs_reference:
                 reference = UnderParent(model.logprob, lambda: _as_parent(model, parent))
         with costs.clock("setup_seconds"):
-            _prove_start(goal, model, reference, data.examples, proof)
-            stack.enter_context(recompute.recomputed(layers, _recompute(stage, model, data.examples)))
+            _prove_start(goal, model, reference, used, proof)
+            stack.enter_context(recompute.recomputed(layers, _recompute(stage, model, used)))
         before = _evaluate(run, goal, reference, held_out_forests)
         log = TrainingLog(run.folder / "metrics.jsonl", stage.name, len(order), peak)
         stack.callback(log.close)
@@ -144,6 +144,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
             optimizers=_optimizers(stage, model),
             max_grad_norm=float(stage.max_grad_norm or 1.0),
         )
+        _set_dropout(model, stage.dropout or 0.0)
         deltas.dropping(model.hf, True)
         say(f"  {len(order)} steps over {order.epochs:.2f} epochs of {len(data.examples):,} examples")
         train(task, after_step)
@@ -221,12 +222,17 @@ def _has_experts(model: LanguageModel) -> bool:
     return any((getattr(model.config, n, None) or 0) > 1 for n in names)
 
 
-def _as_parent(model: LanguageModel, parent: dict[str, torch.Tensor] | None) -> contextlib.AbstractContextManager[None]:
-    return deltas.off(model.hf) if parent is None else deltas.swapped(model.hf, parent)
+@contextlib.contextmanager
+def _as_parent(model: LanguageModel, parent: dict[str, torch.Tensor] | None) -> Iterator[None]:
+    """The model as its parent was: adapters off, or under the parent's small weights; without any dropout."""
+    with _dropout_off(model), deltas.off(model.hf) if parent is None else deltas.swapped(model.hf, parent):
+        yield
 
 
 def _set_dropout(model: LanguageModel, share: float) -> None:
     """The model's own dropout, for training; 0 puts it back to evaluation mode."""
+    if share and model.device.type == "cuda" and model.layout == "forest":
+        raise RecipeError("dropout: FlexAttention, which packed rows use on CUDA, has none", "leave dropout out")
     model.hf.train(share > 0)
     found = False
     for module in model.hf.modules():
@@ -241,14 +247,14 @@ def _set_dropout(model: LanguageModel, share: float) -> None:
 @contextlib.contextmanager
 def _dropout_off(model: LanguageModel) -> Iterator[None]:
     """Evaluation between steps: neither the model's dropout nor the adapter's."""
-    training = model.hf.training
+    training, dropping = model.hf.training, any(d.dropping for d in deltas.deltas(model.hf).values())
     model.hf.eval()
     deltas.dropping(model.hf, False)
     try:
         yield
     finally:
         model.hf.train(training)
-        deltas.dropping(model.hf, True)
+        deltas.dropping(model.hf, dropping)
 
 
 def _order(stage: Stage, examples: list[Example]) -> RunOrder:
