@@ -39,7 +39,9 @@ def clear_errors(path: Path) -> Iterator[None]:
         if not isinstance(error, OSError):
             raise
         if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
-            raise DiskError(f"{path}: cannot be written ({error.strerror})", "choose another folder with --out") from None
+            raise DiskError(
+                f"{path}: cannot be written ({error.strerror})", "choose another folder with --out"
+            ) from None
         raise
 
 

@@ -111,10 +111,14 @@ def base_of(folder: Path) -> str:
                 return str(candidate)
         tried.append(place)
     if not tried:
-        raise ModelError(f"{folder}: an adapter that names no base", "write base_model_name_or_path in its adapter_config.json")
+        raise ModelError(
+            f"{folder}: an adapter that names no base", "write base_model_name_or_path in its adapter_config.json"
+        )
     if tried[-1].count("/") == 1 and not tried[-1].startswith((".", "/", "~")):
         return tried[-1]
-    raise ModelError(f"{folder}: its base model is not at {tried[-1]}", "put the base back there, or beside the adapter's folder")
+    raise ModelError(
+        f"{folder}: its base model is not at {tried[-1]}", "put the base back there, or beside the adapter's folder"
+    )
 
 
 def _check_base(folder: Path, recorded: dict[str, Any], base: Path) -> None:

@@ -38,7 +38,17 @@ def described(source: str) -> dict[str, Any]:
     dtypes = sorted({t["dtype"] for h in tensors for t in h.values()})
     found["parameters"] = sum(math.prod(t["shape"]) for h in tensors for t in h.values())
     found |= {"bytes": folder_bytes(folder, ".safetensors"), "dtype": ", ".join(dtypes)}
-    keys = ("name", "stage", "method", "identity", "trained_parameters", "total_parameters", "metrics", "rows", "lineage")
+    keys = (
+        "name",
+        "stage",
+        "method",
+        "identity",
+        "trained_parameters",
+        "total_parameters",
+        "metrics",
+        "rows",
+        "lineage",
+    )
     return found | {k: record[k] for k in keys if k in record}
 
 
@@ -55,7 +65,9 @@ def header(path: Path) -> dict[str, Any]:
         assert all(isinstance(t["shape"], list) and isinstance(t["dtype"], str) for t in found.values())
         return dict(found)
     except (OSError, ValueError, struct.error, KeyError, TypeError, AssertionError, AttributeError) as error:
-        raise ModelError(f"{path}: not a safetensors file ({error})", "restore the file, or train the stage again") from None
+        raise ModelError(
+            f"{path}: not a safetensors file ({error})", "restore the file, or train the stage again"
+        ) from None
 
 
 def shown(found: dict[str, Any]) -> str:
@@ -77,5 +89,6 @@ def shown(found: dict[str, Any]) -> str:
             lines.append(f"  {when:<10}  " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
     for depth, link in enumerate(found.get("lineage", [])):
         method = f", {link['method']}" if link.get("method") else ""
-        lines.append(f"  {'lineage' if not depth else '':<10}  {'  ' * depth}{link['name']} ({link['stage']}{method})  {link['identity'][:12]}")
+        made = f"{'  ' * depth}{link['name']} ({link['stage']}{method})  {link['identity'][:12]}"
+        lines.append(f"  {'lineage' if not depth else '':<10}  {made}")
     return "\n".join(lines)

@@ -19,15 +19,16 @@ from trivium.peft.settings import settings_for
 from trivium.stages import STAGES
 
 
-
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
 
 
 class Stage(Strict):
-    """One step of the walk. Whatever is left out gets the default of its stage, or its parent's value, and is printed."""
+    """One step of the walk. What is left out gets the default of its stage, or its parent's value, and is printed."""
 
-    name: str = Field(description="The stage's name and the name of its folder.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    name: str = Field(
+        description="The stage's name and the name of its folder.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+    )
     stage: str = Field(description="What it does: pretrain, sft or preference.")
     from_: str | None = Field(None, alias="from", description="The stage it starts from; left out: the recipe's model.")
     data: str | list[str] = Field(description="File, folder, glob, hf://owner/name/path, or a list of them.")
@@ -46,7 +47,9 @@ class Stage(Strict):
     weight_decay: float | None = Field(None, ge=0, description="Decoupled weight decay of matrices.")
     max_grad_norm: float | None = Field(None, gt=0, description="The gradient's norm is clipped to this.")
     max_length: int | None = Field(
-        None, ge=2, description="Longest example in tokens: longer text is split, longer rows are set aside and counted."
+        None,
+        ge=2,
+        description="Longest example in tokens: longer text is split, longer rows are set aside and counted.",
     )
     bad_rows: float | None = Field(None, ge=0, le=1, description="Share of unusable rows at which the run stops.")
     train_on: Literal["assistant", "last", "all"] | None = Field(
@@ -140,7 +143,9 @@ class Recipe(Strict):
                 after = " (it comes later)" if stage.from_ in {s.name for s in self.stages} else ""
                 names = ", ".join(seen) or "none; leave `from` out to start from the model"
                 hint = nearest(stage.from_, seen)
-                raise ValueError(f"stage '{stage.name}': unknown from: '{stage.from_}'{after}{hint}; stages before it: {names}")
+                raise ValueError(
+                    f"stage '{stage.name}': unknown from: '{stage.from_}'{after}{hint}; stages before it: {names}"
+                )
             seen.append(stage.name)
         return self
 
@@ -213,7 +218,9 @@ def _override(value: dict[str, Any], override: str) -> None:
             raise RecipeError(f"--set {key}: no '{part}' here{nearest(part, names)}", f"there are: {listed(names)}")
         at = found
     if not isinstance(at, dict):
-        raise RecipeError(f"--set {key}: '{parents[-1] if parents else key}' holds no keys", "e.g. --set stages.chat.data=rows.jsonl")
+        raise RecipeError(
+            f"--set {key}: '{parents[-1] if parents else key}' holds no keys", "e.g. --set stages.chat.data=rows.jsonl"
+        )
     if last in ("data", "eval_data", "model", "path") and isinstance(new, str) and Path(new).exists():
         new = str(Path(new).resolve())
     at[last] = new
@@ -242,7 +249,9 @@ def _explained(error: ValidationError, value: dict[str, Any], node: Any, path: P
         return RecipeError(f"{path}{line}: {shown} is missing", f"add `{place[-1]}:`")
     message = first["msg"].removeprefix("Value error, ").strip()
     got = "" if isinstance(first["input"], (dict, list)) else f" (got {first['input']!r})"
-    return RecipeError(f"{path}{line}: {shown + ': ' if shown else ''}{message}{got}"[:400], "mend it in the recipe or by --set")
+    return RecipeError(
+        f"{path}{line}: {shown + ': ' if shown else ''}{message}{got}"[:400], "mend it in the recipe or by --set"
+    )
 
 
 def _shown(place: list[Any], value: dict[str, Any]) -> str:

@@ -178,7 +178,9 @@ def _start(recipe: Recipe, stage: Stage, out: Path) -> Link:
     if isinstance(model, dict) and "architecture" in model:
         if stage.stage != "pretrain" and "tokenizer" not in model:
             remedy = "add a pretrain stage first, or give model.tokenizer: a folder with one"
-            raise RecipeError(f"stages.{stage.name}: a new model has no tokenizer to begin a {stage.stage} stage with", remedy)
+            raise RecipeError(
+                f"stages.{stage.name}: a new model has no tokenizer to begin a {stage.stage} stage with", remedy
+            )
         _tokenizer(recipe, stage, out)
         identity = sha256_json({"model": {k: v for k, v in model.items() if k != "tokenizer"}, "seed": recipe.seed,
                                 "tokenizer": identity_of(str(out / "tokenizer"))})  # fmt: skip
@@ -224,7 +226,11 @@ def _add_tokens(model: Any, stage: Stage, settings: Any) -> None:
             "use method: full in the first stage, or leave add_tokens out: plain-text role markers need no new tokens",
         )
     added = add_chat_tokens(model, int(stage.seed or 0))
-    say(f"  {added} tokens added to the vocabulary" if added else "  add_tokens: the tokenizer already has what it needs")
+    say(
+        f"  {added} tokens added to the vocabulary"
+        if added
+        else "  add_tokens: the tokenizer already has what it needs"
+    )
 
 
 def _tokenizer(recipe: Recipe, stage: Stage, out: Path) -> None:
@@ -329,7 +335,10 @@ def table(summary: dict[str, Any]) -> str:
         )  # fmt: skip
     widths = [max(len(r[c]) for r in rows) for c in range(len(head))]
     left = (0, 1)
-    lines = ["  ".join(v.ljust(w) if c in left else v.rjust(w) for c, (v, w) in enumerate(zip(r, widths, strict=True))) for r in rows]
+    lines = [
+        "  ".join(v.ljust(w) if c in left else v.rjust(w) for c, (v, w) in enumerate(zip(r, widths, strict=True)))
+        for r in rows
+    ]
     return "\n".join(line.rstrip() for line in lines)
 
 

@@ -33,8 +33,8 @@ from trivium.model.proof import TOLERANCE, Proof, prove
 from trivium.objectives import objective
 from trivium.peft import base as deltas
 from trivium.peft import folder as adapter
-from trivium.peft.targets import decoder_layers
 from trivium.peft.settings import FullSettings, Settings, settings_for
+from trivium.peft.targets import decoder_layers
 from trivium.recipe import Stage
 from trivium.stages import STAGES
 from trivium.train import recompute
@@ -202,7 +202,7 @@ def _attach(run: StageRun) -> tuple[Settings, dict[str, torch.Tensor] | None]:
         say(f"  goes on training the {stage.method['name']} adapter of its parent")
         for delta in deltas.deltas(model.hf).values():
             delta.float().requires_grad_(True)
-            delta.dropout = getattr(settings, "dropout", 0.0)  # type: ignore[assignment]
+            delta.dropout = getattr(settings, "dropout", 0.0)
         parent = deltas.state(model.hf)
         attached = deltas.describe(model.hf, settings, [])
     else:
@@ -212,8 +212,8 @@ def _attach(run: StageRun) -> tuple[Settings, dict[str, torch.Tensor] | None]:
         say(f"  note: {note}")
     if isinstance(settings, FullSettings) and _has_experts(model):
         say("  note: a mixture of experts is trained without a load-balancing loss")
-    share = attached.trained_parameters / attached.total_parameters
-    say(f"  {stage.method['name']}: {attached.trained_parameters:,} of {attached.total_parameters:,} parameters trained ({share:.2%})")
+    trained, total = attached.trained_parameters, attached.total_parameters
+    say(f"  {stage.method['name']}: {trained:,} of {total:,} parameters trained ({trained / total:.2%})")
     return settings, parent
 
 
@@ -236,10 +236,10 @@ def _set_dropout(model: LanguageModel, share: float) -> None:
     model.hf.train(share > 0)
     found = False
     for module in model.hf.modules():
-        if isinstance(module, torch.nn.Dropout) and not isinstance(module, deltas.Delta):
+        if isinstance(module, torch.nn.Dropout):
             module.p, found = share, True
         if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout, found = share, True  # type: ignore[assignment]
+            module.attention_dropout, found = share, True
     if share and not found:
         raise RecipeError(f"dropout: {type(model.hf).__name__} has none of its own", "leave dropout out")
 
@@ -292,7 +292,8 @@ def _prove_start(goal: Any, model: LanguageModel, reference: Any, examples: list
     allowed = max(TOLERANCE[model.dtype], proof.logprob_difference * 10)
     if not abs(loss - goal.at_start) <= allowed:
         raise ModelError(
-            f"{goal.name}: the loss before the first step is {loss:.6f}, not {goal.at_start:.6f}: the reference is not the parent",
+            f"{goal.name}: the loss before the first step is {loss:.6f}, not {goal.at_start:.6f}: "
+            "the reference is not the parent",
             "the parent's folder has changed since it was trained; run the recipe again",
         )
     say(f"  proof: {goal.name} starts at {loss:.6f}, as it must")
@@ -369,8 +370,10 @@ def _report(
     template: ChatTemplate, measured: dict[str, dict[str, float]], peak: PeakMemory,
 ) -> dict[str, Any]:  # fmt: skip
     """Everything the folder should tell about itself, but for its lineage."""
-    costs, model, stage = run.costs, run.model, run.stage
-    data.ledger.write_quarantine(run.folder / "quarantine.jsonl") if data.ledger.set_aside or data.ledger.over_long else None
+    costs, model = run.costs, run.model
+    data.ledger.write_quarantine(
+        run.folder / "quarantine.jsonl"
+    ) if data.ledger.set_aside or data.ledger.over_long else None
     metrics = {f"{when}_{k}": v for when, found in measured.items() for k, v in found.items()}
     weights = folder_bytes(run.folder, ".safetensors")
     costs.seconds += costs.reference_seconds

@@ -65,12 +65,20 @@ PEFT_RATE = 10.0
 INHERITED = ("method", "dtype", "device", "recompute", "micro_batch_tokens")
 
 # What only arranges or shows the work: it does not enter a stage's identity.
-NOT_IDENTITY = {"name", "from_", "data", "eval_data", "eval_every", "bad_rows", "micro_batch_tokens", "recompute", "device"}
+NOT_IDENTITY = {
+    "name",
+    "from_",
+    "data",
+    "eval_data",
+    "eval_every",
+    "bad_rows",
+    "micro_batch_tokens",
+    "recompute",
+    "device",
+}
 
 
-def resolve(
-    stage: Stage, recipe: Recipe, parent: dict[str, Any] | None, parent_name: str
-) -> tuple[Stage, list[str]]:
+def resolve(stage: Stage, recipe: Recipe, parent: dict[str, Any] | None, parent_name: str) -> tuple[Stage, list[str]]:
     """The stage with every setting filled in, and a line for each kind of value that was not written in the recipe.
 
     ``parent`` holds the settings of what it starts from: a stage's, or just the method of a given adapter folder.

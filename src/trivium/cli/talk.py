@@ -24,7 +24,9 @@ def generate(
     temperature: Temperature = 0.0,
     max_new_tokens: Most = 256,
     seed: Seed = 0,
-    raw: Annotated[bool, typer.Option("--raw", help="Continue the text as it stands, without the chat template.")] = False,
+    raw: Annotated[
+        bool, typer.Option("--raw", help="Continue the text as it stands, without the chat template.")
+    ] = False,
 ) -> None:
     """Answer one prompt."""
     from trivium.model.generate import Talker

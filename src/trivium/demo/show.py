@@ -39,7 +39,7 @@ def run_demo(out: Path, seed: int) -> dict[str, Any]:
             print(f"  {name + ':':<9} {_shortened(found[number])}")
     print("\nheld-out requests met in all: " + ", ".join(f"{n} {share:.0%}" for n, share in met.items()))
     print(f"{clock(time.perf_counter() - started)} in all; {out / SUMMARY}\n\ntry next:")
-    print(f'  trivium chat {out / "aligned"}\n  trivium inspect {out / "aligned"}')
+    print(f"  trivium chat {out / 'aligned'}\n  trivium inspect {out / 'aligned'}")
     print("  trivium run recipes/smollm2.yaml    # the same two steps on a real model")
     return summary
 

@@ -68,7 +68,9 @@ class Plan:
         groups: list[list[int]] = []
         for n in sorted(range(len(segments)), key=lambda n: (segments[n].depth > 0, _area(segments[n]))):
             together = [segments[m] for m in [*groups[-1], n]] if groups else []
-            widest = max((s.depth + s.length for s in together), default=0) * max((s.length for s in together), default=0)
+            widest = max((s.depth + s.length for s in together), default=0) * max(
+                (s.length for s in together), default=0
+            )
             like = sum(map(_area, together)) * MAX_FILL >= widest * len(together)
             if together and like and (together[0].depth > 0) == (segments[n].depth > 0):
                 groups[-1].append(n)
@@ -154,6 +156,7 @@ def segment_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan, opt
     q, k, v = (x[0].transpose(0, 1).split(lengths) for x in (query, key, value))
     out: list[Tensor] = [query] * len(lengths)
     for number, call in enumerate(plan.calls):
+
         def joined(parts: tuple[Tensor, ...], call: Call = call) -> list[Tensor]:
             pairs = zip(call.segments, call.ancestors, strict=True)
             return [torch.cat([parts[a] for a in above] + [parts[n]]) if above else parts[n] for n, above in pairs]

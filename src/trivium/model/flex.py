@@ -49,6 +49,7 @@ def flex_forest_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan,
     softcap, sinks = options.softcap, options.sinks
 
     def cap(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
     out = _flex(query.is_cuda)(

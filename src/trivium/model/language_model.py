@@ -47,7 +47,8 @@ class LanguageModel:
     @property
     def context(self) -> int:
         """The longest sequence the model was built for, in tokens."""
-        return int(getattr(self.config, "max_position_embeddings", None) or getattr(self.config, "n_positions", 2**20))
+        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+        return next((int(n) for name in names if (n := getattr(self.config, name, None))), 2**20)
 
     @property
     def readout(self) -> Readout:

@@ -14,6 +14,7 @@ Shapes:  T tokens on the line,  K entries,  S sequences,  B rows,  L their lengt
 from __future__ import annotations
 
 import sys
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ def sequence_rows(forest: Forest) -> list[tuple[np.ndarray, np.ndarray]]:
     bounds = np.searchsorted(sequence, np.arange(forest.sequences + 1))
     depth = forest.position.cpu().numpy()
     rows = []
-    for first, last in zip(bounds[:-1], bounds[1:], strict=True):
+    for first, last in pairwise(bounds.tolist()):
         if first == last:
             rows.append((np.empty(0, np.int64), np.empty(0, np.int64)))
             continue

@@ -51,7 +51,7 @@ def load_base(source: str, dtype: str, device: str, overrides: dict[str, Any] | 
                 raise ModelError(f"{source}: its config has no '{key}' to override", "remove it from `model`")
             setattr(config, key, value)
         tokenizer = AutoTokenizer.from_pretrained(where, **extra, trust_remote_code=False)
-        hf, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             where,
             config=config,
             **extra,
@@ -60,6 +60,7 @@ def load_base(source: str, dtype: str, device: str, overrides: dict[str, Any] | 
             trust_remote_code=False,
             output_loading_info=True,
         )
+    hf, info = loaded
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -100,7 +101,9 @@ def locate(source: str) -> tuple[str, dict[str, str]]:
         _check_folder(path)
         return str(path), {}
     if source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") != 1:
-        raise ModelError(f"{source}: no such model folder", "give a model folder, a .gguf file, or a hub id (owner/name)")
+        raise ModelError(
+            f"{source}: no such model folder", "give a model folder, a .gguf file, or a hub id (owner/name)"
+        )
     return source, {}
 
 
@@ -108,7 +111,9 @@ def _check_folder(path: Path) -> None:
     names = {p.name for p in path.iterdir()}
     if "config.json" not in names:
         held = ", ".join(sorted(names)[:6]) or "nothing"
-        raise ModelError(f"{path}: not a model folder, it has no config.json (it has: {held})", "give the model's folder")
+        raise ModelError(
+            f"{path}: not a model folder, it has no config.json (it has: {held})", "give the model's folder"
+        )
     if not any(n.endswith(".safetensors") for n in names):
         pickled = sorted(n for n in names if n.endswith((".bin", ".pt", ".pth")))
         if pickled:
@@ -116,7 +121,9 @@ def _check_folder(path: Path) -> None:
                 f"{path}: weights only as {pickled[0]}, which can run code when opened",
                 "convert it once with transformers: model.save_pretrained(folder) writes safetensors",
             )
-        raise ModelError(f"{path}: a model folder without weights (no .safetensors)", "copy the weights beside config.json")
+        raise ModelError(
+            f"{path}: a model folder without weights (no .safetensors)", "copy the weights beside config.json"
+        )
     config = read_json(path / "config.json")
     if not isinstance(config, dict) or not config.get("model_type"):
         raise ModelError(f"{path}/config.json: no model_type", "give a folder written by transformers")
@@ -142,4 +149,6 @@ def _clear_errors(source: str) -> Iterator[None]:
         if "trust_remote_code" in str(error) or "remote code" in str(error):
             remedy = "trivium runs no code from model folders; use a model that transformers itself knows"
             raise ModelError(f"{source}: its architecture needs code of its own", remedy) from None
-        raise ModelError(f"{source}: cannot be loaded: {reason}", "check that the folder is whole and its files match") from None
+        raise ModelError(
+            f"{source}: cannot be loaded: {reason}", "check that the folder is whole and its files match"
+        ) from None

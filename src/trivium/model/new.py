@@ -63,7 +63,9 @@ def _derived(sizes: dict[str, Any], names: set[str]) -> dict[str, Any]:
     """Sizes that were left out, from the width. Experts together hold about one dense gated MLP per active expert."""
     for key in ("hidden_size", "num_hidden_layers"):
         if key not in sizes:
-            raise RecipeError(f"model.{key} is missing", f"give model.{key}; e.g. hidden_size: 192, num_hidden_layers: 6")
+            raise RecipeError(
+                f"model.{key} is missing", f"give model.{key}; e.g. hidden_size: 192, num_hidden_layers: 6"
+            )
     width = sizes["hidden_size"]
     heads = sizes.get("num_attention_heads") or max(1, width // 64)
     head = sizes.get("head_dim") or width // heads

@@ -80,7 +80,8 @@ def prove(model: LanguageModel, examples: list[Example]) -> Proof:
 
 def _short(examples: list[Example]) -> list[Example]:
     """The shortest examples, and as many as fit."""
-    chosen, total = [], 0
+    chosen: list[Example] = []
+    total = 0
     for example in sorted(examples, key=lambda e: e.tokens):
         total += example.tokens
         if chosen and total > GRADIENT_TOKENS:

@@ -55,7 +55,8 @@ class Readout(nn.Module):
             logits = _capped(self.head(h).float() * self.scale, self.softcap)
             return logits.gather(1, t[:, None])[:, 0] - logits.logsumexp(1)
 
-        size = _chunk_size(self.head.weight.shape[0] if hasattr(self.head, "weight") else 2**15)
+        weight = getattr(self.head, "weight", None)
+        size = _chunk_size(len(weight) if isinstance(weight, Tensor) else 2**15)
         pairs = zip(hidden.split(size), target.split(size), strict=True)
         return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in pairs])
 
@@ -101,7 +102,7 @@ class _LogProb(torch.autograd.Function):
         return logprob
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, target = ctx.saved_tensors
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         if not need_weight and not need_bias:

@@ -19,7 +19,9 @@ def add_chat_tokens(model: LanguageModel, seed: int) -> int:
     tokenizer = model.tokenizer
     if tokenizer.chat_template or all(m in tokenizer.get_vocab() for m in MARKERS):
         return 0
-    added = int(tokenizer.add_tokens([AddedToken(m, special=True, normalized=False) for m in MARKERS], special_tokens=True))
+    added = int(
+        tokenizer.add_tokens([AddedToken(m, special=True, normalized=False) for m in MARKERS], special_tokens=True)
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         if len(tokenizer) > model.hf.get_input_embeddings().weight.shape[0]:

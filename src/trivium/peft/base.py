@@ -47,6 +47,7 @@ class Delta(nn.Module):
         super().__init__()
         self.enabled = True
         self.dropping = False
+        self.dropout = 0.0
 
     def forward(self, inputs: tuple[Any, ...], output: Any) -> Any:
         raise NotImplementedError

@@ -62,7 +62,8 @@ def train(task: Task, after_step: Callable[[StepLog], None]) -> None:
         for forest in forests:
             reference = task.reference(forest)
             result = task.objective.compute(task.logprob(forest), forest, reference)
-            (result.sum / weight).backward()
+            if len(forest.source):  # else nothing in it is trained, and there is no gradient to take
+                (result.sum / weight).backward()
             for name, value in result.stats.items():
                 sums[name] = sums[name] + value.cpu()
         stats = {name: float(value) / weight for name, value in sums.items()}

@@ -50,10 +50,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(device)
         elif sys.platform == "linux":
             _give_back()
-            try:  # 5 resets the resident peak: man 5 proc, clear_refs
+            with contextlib.suppress(OSError):  # 5 resets the resident peak: man 5 proc, clear_refs
                 Path("/proc/self/clear_refs").write_text("5")
-            except OSError:
-                pass
 
     def read(self) -> int:
         if self.device.startswith("cuda"):
@@ -83,12 +81,10 @@ def free_memory(device: str) -> int:
         import torch
 
         return torch.cuda.mem_get_info(device)[0]
-    try:
+    with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
                 return int(line.split()[1]) * 1024
-    except OSError:
-        pass
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (ValueError, OSError):

@@ -36,7 +36,8 @@ class Muon(torch.optim.Optimizer):
             for shape, params in alike.items():
                 for p in params:
                     self.state[p].setdefault("momentum", torch.zeros_like(p)).lerp_(p.grad, 1 - MOMENTUM)
-                looked_ahead = [p.grad.lerp(self.state[p]["momentum"], MOMENTUM) for p in params]
+                grads = [p.grad for p in params if p.grad is not None]
+                looked_ahead = [g.lerp(self.state[p]["momentum"], MOMENTUM) for g, p in zip(grads, params, strict=True)]
                 updates = orthogonalised(torch.stack(looked_ahead)).mul_(0.2 * max(shape) ** 0.5)
                 for p, update in zip(params, updates, strict=True):
                     p.mul_(1 - group["lr"] * group["weight_decay"]).sub_(update, alpha=group["lr"])
@@ -68,8 +69,8 @@ def build_optimizers(
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
     decayed = [p for n, p in trained.items() if n not in muon and p.dim() >= 2 and id(p) not in embeddings]
     plain = [p for n, p in trained.items() if n not in muon and (p.dim() < 2 or id(p) in embeddings)]
-    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-    groups = [g for g in groups if g["params"]]
+    pairs = [(decayed, weight_decay), (plain, 0.0)]
+    groups: list[dict[str, Any]] = [{"params": params, "weight_decay": decay} for params, decay in pairs if params]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
         fused = all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])

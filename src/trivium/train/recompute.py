@@ -33,7 +33,7 @@ def recomputed(layers: list[nn.Module], on: bool) -> Iterator[None]:
         return recomputing
 
     for layer in layers:
-        layer.forward = wrap(layer.forward)  # type: ignore[method-assign]
+        layer.forward = wrap(layer.forward)
     try:
         yield
     finally:
