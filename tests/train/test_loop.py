@@ -39,7 +39,7 @@ def example(number: int, weights: float = 1.0, tokens: int = 6) -> Example:
 def task(model: Bigram, batches, steps: int = 3, goal: Objective | None = None, **changed) -> Task:
     optimizers = build_optimizers(model, set(), "adamw", 0.1, 0.0)
     values = {
-        "objective": goal or objective("next_token"),
+        "objective": goal or objective({"loss": "next_token"}),
         "logprob": model.logprob,
         "reference": no_reference,
         "batches": batches,
@@ -160,11 +160,11 @@ def test_statistics_are_per_unit_of_weight_of_the_whole_step():
 def test_evaluation_is_the_training_loss_without_gradient():
     model = Bigram()
     groups = ([example(1, 1.0), example(2, 0.5)], [example(3, 2.0, 9)])
-    found = evaluate(objective("next_token"), model.logprob, no_reference, forests(*groups)(0))
+    found = evaluate(objective({"loss": "next_token"}), model.logprob, no_reference, forests(*groups)(0))
     assert model.table.grad is None
     (log,) = run(model, forests(*groups), steps=1)
     assert found == {"loss": pytest.approx(log.loss, rel=1e-6)}
-    assert evaluate(objective("next_token"), model.logprob, no_reference, []) == {}
+    assert evaluate(objective({"loss": "next_token"}), model.logprob, no_reference, []) == {}
 
 
 # --- the reference
