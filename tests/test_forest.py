@@ -214,9 +214,7 @@ def test_sequences_without_anything_to_train_take_no_room():
     assert forest.sequences == 3
 
 
-@pytest.mark.parametrize(
-    "examples", [[], [Example((sequence([]),))], [Example((sequence([9]), sequence([4, 4], [1, 0])))]]
-)
+@pytest.mark.parametrize("rows", [[], [[sequence([])]], [[sequence([9]), sequence([4, 4], [1, 0])]]])
 def test_a_batch_of_nothing(rows):
     examples = [Example(tuple(row)) for row in rows]
     forest = lay_out(examples)

@@ -85,13 +85,15 @@ def test_equals_the_whole_logits(made, monkeypatch, kind, frozen, chunk):
     check(*made(kind, frozen))
 
 
+@pytest.mark.parametrize("child", [True, False], ids=["child", "hook alone"])
 @pytest.mark.parametrize("frozen", [True, False])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_head_with_an_adapter(made, monkeypatch, kind, frozen):
+def test_a_head_with_an_adapter(made, monkeypatch, kind, frozen, child):
     monkeypatch.setattr(module, "CHUNK_BYTES", 4 * V * 20)
     readout, hidden, target = made(kind, frozen)
-    readout.head.add_module("hung", Hung(readout.head))
-    readout.head.register_forward_hook(readout.head.hung)
+    hung = Hung(readout.head)
+    readout.head.register_forward_hook(hung)
+    (readout.head if child else readout).add_module("hung", hung)
     assert not readout.plain
     check(readout, hidden, target, within=3e-5)
     bare = Readout(nn.Linear(D, V, bias=readout.head.bias is not None), readout.scale, readout.softcap)
