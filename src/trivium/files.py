@@ -96,6 +96,18 @@ def start_folder(final: Path) -> Path:
     return partial
 
 
+@contextlib.contextmanager
+def whole_folder(final: Path) -> Iterator[Path]:
+    """A folder to write into that becomes ``final`` at the end of the block, and is gone where the block fails."""
+    partial = start_folder(final)
+    try:
+        yield partial
+        finish_folder(partial, final)
+    except BaseException:  # an interruption, too
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
 def finish_folder(partial: Path, final: Path) -> None:
     """Make ``partial`` durable and put it in the place of ``final``, which is replaced if it is there."""
     with clear_errors(final):

@@ -85,6 +85,9 @@ def method_of(folder: Path) -> dict[str, Any] | None:
 def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
+    if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
+        raise ModelError(f"{folder}: no such folder", "give a folder with a tokenizer, or a hub id (owner/name)")
+
     with quiet():
         try:
             return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -6,29 +6,49 @@ None here; `stages.py` gives them the defaults of their stage and says so.
 
 from __future__ import annotations
 
+import glob
 import math
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic_core import PydanticCustomError
 
-from trivium.errors import RecipeError, UserError, listed, nearest
+from trivium.errors import RecipeError, listed, nearest
 from trivium.objectives import OBJECTIVES
 from trivium.peft.settings import settings_for
 from trivium.stages import STAGES
+
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+RESERVED = ("model", "tokenizer", "data")  # what a run writes beside its stages
+ENDINGS = (".partial", ".old", ".json")
+MOST_SEED = 2**63  # what torch takes
+MEND = "mend it in the recipe or by --set"
+
+
+def _wrong(what: str, remedy: str = MEND, *place: str | int) -> PydanticCustomError:
+    """An error with a remedy of its own; ``place`` leads to the value, from where it is raised."""
+    return PydanticCustomError("wrong", "{what}", {"what": what, "remedy": remedy, "place": list(place)})
 
 
 class Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", populate_by_name=True, protected_namespaces=())
 
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_switch(cls, value: Any) -> Any:
+        if isinstance(value, bool):  # else true would be read as 1
+            raise _wrong(f"{str(value).lower()} is no value for it", "write a number or a name")
+        return value
+
 
 class Stage(Strict):
     """One step of the walk. What is left out gets the default of its stage, or its parent's value, and is printed."""
 
-    name: str = Field(
-        description="The stage's name and the name of its folder.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-    )
+    name: str = Field(description="The stage's name and the name of its folder.", pattern=NAME)
     stage: str = Field(description="What it does: pretrain, sft or preference.")
     from_: str | None = Field(None, alias="from", description="The stage it starts from; left out: the recipe's model.")
     data: str | list[str] = Field(description="File, folder, glob, hf://owner/name/path, or a list of them.")
@@ -60,11 +80,15 @@ class Stage(Strict):
     )
     dropout: float | None = Field(None, ge=0, lt=1, description="The model's own dropout.")
     eval_every: int | None = Field(None, ge=1, description="Evaluate on the held-out rows every so many steps.")
-    seed: int | None = Field(None, ge=0, description="Seed of order and initialisation; left out: the recipe's.")
+    seed: int | None = Field(
+        None, ge=0, lt=MOST_SEED, description="Seed of order and initialisation; left out: the recipe's."
+    )
     dtype: Literal["float32", "bfloat16", "auto"] | None = Field(
         None, description="Computation and frozen weights; auto: bfloat16 on CUDA, float32 elsewhere."
     )
-    device: str | None = Field(None, description="cpu, cuda, cuda:1, mps; left out: the fastest there is.")
+    device: str | None = Field(
+        None, pattern=r"^[a-z]+(:[0-9]+)?$", description="cpu, cuda, cuda:1, mps; left out: the fastest there is."
+    )
     method: dict[str, Any] | None = Field(None, description="name: full, lora or bottleneck, and its settings.")
     loss: str | None = Field(None, description="The objective: next_token or dpo.")
     beta: float | None = Field(None, gt=0, description="DPO's beta: how strongly it holds on to its parent.")
@@ -82,8 +106,26 @@ class Stage(Strict):
         value = {"name": value} if isinstance(value, str) else value
         if isinstance(value, dict):
             if "name" not in value:
-                raise RecipeError("method: no name", "write method: {name: full | lora | bottleneck, ...}")
-            settings_for(value["name"], {k: v for k, v in value.items() if k != "name"})
+                raise _wrong("it has no name", "write method: {name: full | lora | bottleneck, ...}")
+            try:
+                settings_for(value["name"], {k: v for k, v in value.items() if k != "name"})
+            except RecipeError as error:
+                raise _wrong(error.what, error.remedy) from None
+        return value
+
+    @field_validator("name")
+    @classmethod
+    def _name(cls, value: str) -> str:
+        if value.lower() in RESERVED or value.lower().endswith(ENDINGS):
+            remedy = f"not {', '.join(RESERVED)}, and nothing that ends with {' or '.join(ENDINGS)}"
+            raise _wrong(f"the run's folder needs the name '{value}' itself", f"choose another name: {remedy}")
+        return value
+
+    @field_validator("data")
+    @classmethod
+    def _data(cls, value: Any) -> Any:
+        if not value:
+            raise _wrong("it names no file", "give a file, a folder, a glob, hf://owner/name/path, or a list of them")
         return value
 
     @field_validator("eval_data")
@@ -118,34 +160,45 @@ class Stage(Strict):
 class Recipe(Strict):
     """A chain of stages on one model."""
 
-    name: str = Field(description="Name of the run.", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    seed: int = Field(0, ge=0, description="Seed of everything random; the same seed gives the same run.")
+    name: str = Field(description="Name of the run.", pattern=NAME)
+    seed: int = Field(0, ge=0, lt=MOST_SEED, description="Seed of everything random; the same seed gives the same run.")
     model: str | dict[str, Any] = Field(
         description="A folder, hub id or GGUF file; or sizes of a new model (architecture, hidden_size, ...); "
         "or path and what overrides its config."
     )
     stages: list[Stage] = Field(min_length=1, description="The stages, each after the one it starts from.")
 
-    @field_validator("model")
+    @field_validator("model", mode="before")
     @classmethod
     def _model(cls, value: Any) -> Any:
-        if isinstance(value, dict) and ("path" in value) == ("architecture" in value):
-            raise ValueError("give either `path` (a model there is) or `architecture` (a new one)")
+        ways = "give a folder, hub id or .gguf file; {path: ...}; or the sizes of a new one: {architecture: llama, ...}"
+        if not isinstance(value, (str, dict)) or not value:
+            raise _wrong(f"{value!r} is no model", ways)
+        if isinstance(value, dict):
+            if ("path" in value) == ("architecture" in value):
+                raise _wrong("it needs either `path` (a model there is) or `architecture` (a new one)", ways)
+            for key in ("path", "architecture", "tokenizer"):
+                if not isinstance(value.get(key, ""), str):
+                    raise _wrong(f"{key} is {value[key]!r}, which is no name", ways)
         return value
 
     @model_validator(mode="after")
     def _chain(self) -> Recipe:
         seen: list[str] = []
-        for stage in self.stages:
-            if stage.name in seen:
-                raise ValueError(f"two stages are called '{stage.name}': rename one")
+        for number, stage in enumerate(self.stages):
+            # where the file system does not tell upper case from lower, Chat and chat are one folder
+            if stage.name.lower() in (name.lower() for name in seen):
+                raise _wrong(f"a stage before it is called '{stage.name}', too", "rename one", "stages", number, "name")
+            of_another = stage.name.removesuffix("-base")
+            if of_another != stage.name and of_another in {s.name for s in self.stages}:
+                what = f"stage '{of_another}' may have to write its base under the name '{stage.name}'"
+                raise _wrong(what, "rename one", "stages", number, "name")
             if stage.from_ is not None and stage.from_ not in seen:
                 after = " (it comes later)" if stage.from_ in {s.name for s in self.stages} else ""
                 names = ", ".join(seen) or "none; leave `from` out to start from the model"
                 hint = nearest(stage.from_, seen)
-                raise ValueError(
-                    f"stage '{stage.name}': unknown from: '{stage.from_}'{after}{hint}; stages before it: {names}"
-                )
+                what = f"no stage before it is called '{stage.from_}'{after}{hint}"
+                raise _wrong(what, f"stages before it: {names}", "stages", number, "from")
             seen.append(stage.name)
         return self
 
@@ -169,8 +222,8 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
 def parse_recipe(text: str, path: Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe in ``text``; ``path`` is where it stands, for messages and relative paths."""
     try:
-        value = yaml.safe_load(text)
-        node = yaml.compose(text, Loader=yaml.SafeLoader)
+        value = yaml.load(text, Loader=Loader)
+        node = yaml.compose(text, Loader=Loader)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
@@ -180,12 +233,12 @@ def parse_recipe(text: str, path: Path, overrides: list[str] | None = None) -> R
         raise RecipeError(f"{path}: not YAML: {str(error)[:100]}", "mend the value") from None
     if not isinstance(value, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with name, model and stages", "see recipes/ for examples")
+    for number, key in _repeated(node, set()):
+        raise RecipeError(f"{path}:{number}: '{key}' is given a second time", "keep one of the two")
     for override in overrides or []:
         _override(value, override)
     try:
         recipe = Recipe.model_validate(value)
-    except UserError as error:
-        raise RecipeError(f"{path}: {error.what}", error.remedy) from None
     except ValidationError as error:
         raise _explained(error, value, node, path) from None
     return _absolute(recipe, path.resolve().parent)
@@ -196,12 +249,9 @@ def _override(value: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"--set {override}: not key=value", "e.g. --set stages.chat.learning_rate=1e-4")
     try:
-        new = yaml.safe_load(text)
-    except yaml.YAMLError:
+        new = yaml.load(text, Loader=Loader)
+    except (yaml.YAMLError, ValueError, RecursionError):
         new = text
-    if isinstance(new, str):
-        with_number = _number(new)
-        new = with_number if with_number is not None else new
     *parents, last = key.split(".")
     at: Any = value
     for part in parents:
@@ -216,28 +266,58 @@ def _override(value: dict[str, Any], override: str) -> None:
             names = []
         if found is None:
             raise RecipeError(f"--set {key}: no '{part}' here{nearest(part, names)}", f"there are: {listed(names)}")
+        if part == "method" and isinstance(found, str):  # method: lora, and --set ...method.r=8
+            at[part] = found = {"name": found}
         at = found
     if not isinstance(at, dict):
         raise RecipeError(
             f"--set {key}: '{parents[-1] if parents else key}' holds no keys", "e.g. --set stages.chat.data=rows.jsonl"
         )
-    if last in ("data", "eval_data", "model", "path") and isinstance(new, str) and Path(new).exists():
-        new = str(Path(new).resolve())
+    if last in ("data", "eval_data", "model", "path", "tokenizer"):
+        new = [_here(one) for one in new] if isinstance(new, list) else _here(new)
     at[last] = new
 
 
-def _number(text: str) -> float | None:
+def _here(new: Any) -> Any:
+    """A path or glob that means something in the current folder, as an absolute path."""
+    there = isinstance(new, str) and new and (Path(new).expanduser().exists() or glob.glob(new))  # noqa: PTH207
+    return str(Path(new).expanduser().absolute()) if there else new
+
+
+class Loader(yaml.SafeLoader):
     """YAML 1.1 reads 1e-4 as text; people mean a number."""
-    try:
-        return float(text)
-    except ValueError:
-        return None
+
+
+Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
+)
+
+
+def _repeated(node: Any, seen: set[int]) -> Iterator[tuple[int, str]]:
+    """(line, key) of every key that its mapping has already; YAML's reader would keep the last without a word."""
+    if id(node) in seen:  # an alias
+        return
+    seen.add(id(node))
+    children = node.value if isinstance(node, yaml.SequenceNode) else []
+    if isinstance(node, yaml.MappingNode):
+        keys: set[str] = set()
+        for key, child in node.value:
+            if isinstance(key.value, str) and key.value in keys and key.value != "<<":
+                yield key.start_mark.line + 1, key.value
+            keys.add(str(key.value))
+            children = [*children, child]
+    for child in children:
+        yield from _repeated(child, seen)
 
 
 def _explained(error: ValidationError, value: dict[str, Any], node: Any, path: Path) -> RecipeError:
     """The first thing wrong, with its line, its key and the nearest name there is."""
     first = error.errors()[0]
-    place = [p for p in first["loc"] if not (isinstance(p, str) and ("[" in p or p in ("str", "float", "dict")))]
+    context = first.get("ctx", {})
+    place: list[Any] = [
+        p for p in first["loc"] if not (isinstance(p, str) and ("[" in p or p in ("str", "float", "dict")))
+    ]
+    place += context.get("place", [])
     line, shown = _line_of(node, place), _shown(place, value)
     if first["type"] == "extra_forbidden":
         fields = Stage.model_fields if len(place) > 1 else Recipe.model_fields
@@ -248,10 +328,9 @@ def _explained(error: ValidationError, value: dict[str, Any], node: Any, path: P
     if first["type"] == "missing":
         return RecipeError(f"{path}{line}: {shown} is missing", f"add `{place[-1]}:`")
     message = first["msg"].removeprefix("Value error, ").strip()
-    got = "" if isinstance(first["input"], (dict, list)) else f" (got {first['input']!r})"
-    return RecipeError(
-        f"{path}{line}: {shown + ': ' if shown else ''}{message}{got}"[:400], "mend it in the recipe or by --set"
-    )
+    got = "" if isinstance(first["input"], (dict, list)) or "what" in context else f" (got {first['input']!r})"
+    what = " ".join(f"{path}{line}: {shown + ': ' if shown else ''}{message}{got}".split())
+    return RecipeError(what[:400], context.get("remedy", MEND))
 
 
 def _shown(place: list[Any], value: dict[str, Any]) -> str:

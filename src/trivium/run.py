@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trivium.errors import ModelError, RecipeError, listed, nearest
-from trivium.files import finish_folder, make_folder, sha256_json, start_folder, write_json
+from trivium.errors import DataError, ModelError, RecipeError, listed, nearest
+from trivium.files import clear_errors, make_folder, sha256_json, whole_folder, write_json
 from trivium.recipe import Recipe, Stage
 from trivium.stages import STAGES, identity_settings, resolve
 from trivium.train.log import clock, say, size
@@ -32,40 +32,105 @@ class Link:
 
 def run_recipe(recipe: Recipe, out: Path, until: str | None = None) -> dict[str, Any]:
     """Run what has to be run; writes ``summary.json`` and returns it."""
-    _check_until(recipe, until)
+    stages = _up_to(recipe, until)
+    for stage in stages:  # first what needs no library that takes seconds to import
+        _check_data(stage)
+    settings, notes = _resolved(recipe, stages)
+    _check_sizes(recipe)
     make_folder(out)
-    settings: dict[str, Stage] = {}
     links: dict[str, Link] = {}
     summary: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, "stages": []}
     start: Link | None = None
-    for stage in recipe.stages:
-        parent = settings[stage.from_].model_dump() if stage.from_ else _given_method(recipe)
-        full, notes = resolve(stage, recipe, parent, stage.from_ or "the model")
-        settings[stage.name] = full
+    for stage in stages:
+        full = settings[stage.name]
         say(f"{stage.name}: {stage.stage} from {stage.from_ or 'the model'}")
-        for note in notes:
+        for note in notes[stage.name]:
             say(f"  {note}")
         if stage.from_ is None and start is None:
             start = _start(recipe, full, out)
         came_from = links[stage.from_] if stage.from_ else start
         assert came_from is not None
-        record = _stage(recipe, full, came_from, out)
+        record = _stage(recipe, full, came_from, out, list(settings.values()))
         links[stage.name] = Link(str(out / stage.name), record["identity"], record["lineage"])
         summary["stages"].append(_summary_of(record))
         write_json(out / SUMMARY, summary)
-        if stage.name == until:
-            break
     return summary
 
 
-def _check_until(recipe: Recipe, until: str | None) -> None:
+# --- what can be seen to be wrong before anything is trained
+
+
+def _up_to(recipe: Recipe, until: str | None) -> list[Stage]:
+    """The stages to run, in order."""
     names = [s.name for s in recipe.stages]
     if until is not None and until not in names:
         raise RecipeError(f"--until {until}: no such stage{nearest(until, names)}", f"stages: {', '.join(names)}")
+    return recipe.stages[: names.index(until) + 1] if until is not None else recipe.stages
 
 
-def _stage(recipe: Recipe, stage: Stage, parent: Link, out: Path) -> dict[str, Any]:
-    """Run one stage, or find it done."""
+def _resolved(recipe: Recipe, stages: list[Stage]) -> tuple[dict[str, Stage], dict[str, list[str]]]:
+    """Every stage with all its settings, and the lines that tell where they came from."""
+    settings: dict[str, Stage] = {}
+    notes: dict[str, list[str]] = {}
+    for stage in stages:
+        parent = settings[stage.from_].model_dump() if stage.from_ else _given_method(recipe)
+        try:
+            settings[stage.name], notes[stage.name] = resolve(stage, recipe, parent, stage.from_ or "the model")
+        except RecipeError as error:
+            where = "" if error.what.startswith("stages.") else f"stages.{stage.name}."
+            raise RecipeError(f"{where}{error.what}", error.remedy) from None
+    return settings, notes
+
+
+def _check_data(stage: Stage) -> None:
+    """The files of a stage are there and hold something; raises DataError."""
+    from trivium.data.hub import local
+    from trivium.data.rows import files_of
+
+    paths = [stage.data] if isinstance(stage.data, str) else stage.data
+    held_out = [[stage.eval_data]] if isinstance(stage.eval_data, str) else []
+    for group in [paths, *held_out]:
+        files = [file for path in group for file in files_of(local(path))]
+        if not any(file.stat().st_size for file in files):
+            empty = f"{files[0]} is empty" if len(files) == 1 else f"all files of {', '.join(group)} are empty"
+            raise DataError(f"no rows: {empty}", "give a file with at least one row")
+
+
+def _check_sizes(recipe: Recipe) -> None:
+    """The sizes of a new model fit together, before a tokenizer is trained for it; raises RecipeError."""
+    if isinstance(recipe.model, dict) and "architecture" in recipe.model:
+        from trivium.model.load import quiet
+        from trivium.model.new import check_sizes
+
+        with quiet():
+            check_sizes({k: v for k, v in recipe.model.items() if k != "tokenizer"})
+
+
+def _check_fit(model: Any, recipe: Recipe, stages: list[Stage]) -> None:
+    """What later stages ask of this model is there, so that it is not found out hours later; raises RecipeError."""
+    from trivium.peft.base import plan_for
+    from trivium.peft.settings import settings_for
+
+    for stage in stages:
+        method = dict(stage.method or {"name": "full"})
+        try:
+            plan_for(model.hf, settings_for(method.pop("name"), method))
+        except RecipeError as error:
+            raise RecipeError(f"stages.{stage.name}.method: {error.what}", error.remedy) from None
+    context = model.context
+    for stage in recipe.stages[: len(stages)]:  # as written: a default gives way to the model's context
+        if stage.max_length and stage.max_length > context:
+            raise RecipeError(
+                f"stages.{stage.name}.max_length: {stage.max_length} is more than the model's context of {context}",
+                f"use at most {context}, or build the model with a larger max_position_embeddings",
+            )
+
+
+# --- one stage
+
+
+def _stage(recipe: Recipe, stage: Stage, parent: Link, out: Path, stages: list[Stage]) -> dict[str, Any]:
+    """Run one stage, or find it done; ``stages`` are all of the run, checked against its model before it is trained."""
     from trivium.folder import record_of, relative
 
     data = _data_hashes(stage)
@@ -78,27 +143,30 @@ def _stage(recipe: Recipe, stage: Stage, parent: Link, out: Path) -> dict[str, A
     if final.exists() and found is None:
         raise ModelError(f"{final}: in the way, and not a folder of trivium", "move it away, or choose another --out")
     started = time.perf_counter()
-    partial = start_folder(final)
-    run, base = _opened(recipe, stage, parent, out, partial)
-    opening = time.perf_counter() - started
-    from trivium.stage_runner import run_stage
+    with whole_folder(final) as partial:
+        run, base = _opened(recipe, stage, parent, out, partial)
+        _check_fit(run.model, recipe, stages)
+        opening = time.perf_counter() - started
+        from trivium.stage_runner import run_stage
 
-    report = run_stage(run)
-    report["setup_seconds"] += opening
-    own = {"name": stage.name, "stage": stage.stage, "method": (stage.method or {})["name"], "identity": identity}
-    record = {
-        "trivium": 1,
-        **own,
-        "parent": {"path": relative(parent.source, final) if Path(parent.source).exists() else parent.source,
-                   "source": parent.source, "identity": parent.identity},
-        "base": base(),
-        "data": {"paths": stage.data, **data},
-        "settings": stage.model_dump(by_alias=True, exclude_none=True),
-        **report,
-        "lineage": [*parent.lineage, own],
-    }  # fmt: skip
-    write_json(partial / "trivium.json", record)
-    finish_folder(partial, final)
+        report = run_stage(run)
+        report["setup_seconds"] += opening
+        own = {"name": stage.name, "stage": stage.stage, "method": (stage.method or {})["name"], "identity": identity}
+        record = {
+            "trivium": 1,
+            **own,
+            "parent": {
+                "path": relative(parent.source, final) if Path(parent.source).exists() else parent.source,
+                "source": parent.source,
+                "identity": parent.identity,
+            },
+            "base": base(),
+            "data": {"paths": stage.data, **data},
+            "settings": stage.model_dump(by_alias=True, exclude_none=True),
+            **report,
+            "lineage": [*parent.lineage, own],
+        }
+        write_json(partial / "trivium.json", record)
     say(f"  saved {final} ({size(record['bytes_on_disk'])}, {clock(time.perf_counter() - started)})")
     return record
 
@@ -160,9 +228,8 @@ def _written(model: Any, folder: Path) -> Path:
     from trivium.data.templates import chat_template
     from trivium.stage_runner import save_model
 
-    partial = start_folder(folder)
-    save_model(model, partial, chat_template(model.tokenizer))
-    finish_folder(partial, folder)
+    with whole_folder(folder) as partial, clear_errors(folder):
+        save_model(model, partial, chat_template(model.tokenizer))
     say(f"  the frozen base is written to {folder}")
     return folder
 
@@ -248,7 +315,6 @@ def _tokenizer(recipe: Recipe, stage: Stage, out: Path) -> None:
     found = record_of(final) if final.is_dir() else None
     if found is not None and found["identity"] == identity:
         return
-    partial = start_folder(final)
     if given:
         tokenizer = load_tokenizer(Path(given))
     else:
@@ -258,9 +324,10 @@ def _tokenizer(recipe: Recipe, stage: Stage, out: Path) -> None:
         paths = [stage.data] if isinstance(stage.data, str) else stage.data
         tokenizer = train_tokenizer(_texts([local(p) for p in paths]), size_asked)
         say(f"  tokenizer: {len(tokenizer):,} tokens, trained in {clock(time.perf_counter() - started)}")
-    tokenizer.save_pretrained(partial)
-    write_json(partial / "trivium.json", {"trivium": 1, "identity": identity, "made_from": made_from, "lineage": []})
-    finish_folder(partial, final)
+    with whole_folder(final) as partial, clear_errors(final):
+        tokenizer.save_pretrained(partial)
+        made = {"trivium": 1, "identity": identity, "made_from": made_from, "lineage": []}
+        write_json(partial / "trivium.json", made)
 
 
 def _texts(paths: list[Path]) -> Any:
@@ -297,9 +364,12 @@ def _data_hashes(stage: Stage) -> dict[str, Any]:
     from trivium.data.rows import files_of, sha256_of
 
     paths = [stage.data] if isinstance(stage.data, str) else stage.data
-    hashes: dict[str, Any] = {"sha256": sha256_of([f for p in paths for f in files_of(local(p))])}
-    if isinstance(stage.eval_data, str):
-        hashes["eval_sha256"] = sha256_of(files_of(local(stage.eval_data)))
+    try:
+        hashes: dict[str, Any] = {"sha256": sha256_of([f for p in paths for f in files_of(local(p))])}
+        if isinstance(stage.eval_data, str):
+            hashes["eval_sha256"] = sha256_of(files_of(local(stage.eval_data)))
+    except OSError as error:
+        raise DataError(f"cannot read {error.filename}: {error.strerror}", "check the file and its rights") from None
     return hashes
 
 

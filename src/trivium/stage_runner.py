@@ -167,11 +167,8 @@ def _data(stage: Stage, model: LanguageModel, template: ChatTemplate) -> tuple[P
     kind = STAGES[stage.stage].rows
     share = stage.eval_data if isinstance(stage.eval_data, (int, float)) else 0.0
     limit = min(stage.max_length or model.context, model.context)
-    if stage.max_length and stage.max_length > model.context:
-        raise RecipeError(
-            f"stages.{stage.name}.max_length: {stage.max_length} is more than the model's context of {model.context}",
-            f"use at most {model.context}, or build the model with a larger max_position_embeddings",
-        )
+    if stage.max_length and stage.max_length > model.context:  # a default; what the recipe says is checked before
+        say(f"  max_length {model.context}, which is the model's context")
 
     def ready(paths: str | list[str], holdout: float) -> Prepared:
         places = [local(p) for p in ([paths] if isinstance(paths, str) else paths)]
@@ -371,9 +368,9 @@ def _report(
 ) -> dict[str, Any]:  # fmt: skip
     """Everything the folder should tell about itself, but for its lineage."""
     costs, model = run.costs, run.model
-    data.ledger.write_quarantine(
-        run.folder / "quarantine.jsonl"
-    ) if data.ledger.set_aside or data.ledger.over_long else None
+    if data.ledger.set_aside or data.ledger.over_long:
+        with clear_errors(run.folder):
+            data.ledger.write_quarantine(run.folder / "quarantine.jsonl")
     metrics = {f"{when}_{k}": v for when, found in measured.items() for k, v in found.items()}
     weights = folder_bytes(run.folder, ".safetensors")
     costs.seconds += costs.reference_seconds

@@ -28,20 +28,26 @@ def main() -> None:
     """Run a command; a user's mistake becomes its message and exit code, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own progress bars; ours says what is going on
-    signal.signal(signal.SIGTERM, _terminate)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _terminate)
     try:
         app(standalone_mode=True)
     except UserError as error:
         _stop(error, error.exit_code)
-    except KeyboardInterrupt:
-        _stop(Interrupted("interrupted; finished stages are kept", "run the same command again to go on"), 75)
+    except (_Stopped, KeyboardInterrupt):
+        kept = "; finished stages are kept" if sys.argv[1:2] in (["run"], ["demo"]) else ""
+        _stop(Interrupted(f"interrupted{kept}", "run the same command again to go on"), 75)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
 
 
+class _Stopped(BaseException):
+    """Ctrl-C or SIGTERM. Not a KeyboardInterrupt, which the command-line library would answer in its own way."""
+
+
 def _terminate(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+    raise _Stopped
 
 
 def _stop(error: UserError, code: int) -> None:

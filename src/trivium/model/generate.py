@@ -81,4 +81,6 @@ def generate(
 def _pick(logits: Tensor, temperature: float, generator: torch.Generator) -> int:
     if temperature == 0:
         return int(logits.argmax())
-    return int(torch.multinomial((logits / temperature).softmax(-1), 1, generator=generator))
+    # the likeliest at 0: a temperature near 0 would otherwise divide into infinities
+    scaled = (logits - logits.max()) / temperature
+    return int(torch.multinomial(scaled.softmax(-1), 1, generator=generator))

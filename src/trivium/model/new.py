@@ -9,6 +9,12 @@ import torch
 
 from trivium.errors import RecipeError, listed, nearest
 
+# Sizes from which others are derived.
+WHOLE = (
+    "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
+    "max_position_embeddings", "num_experts_per_tok",
+)  # fmt: skip
+
 
 def new_config(sizes: dict[str, Any], tokenizer: Any) -> Any:
     """A `transformers` config for ``architecture`` with the given sizes; ids and vocabulary from the tokenizer.
@@ -43,6 +49,19 @@ def new_config(sizes: dict[str, Any], tokenizer: Any) -> Any:
         raise RecipeError(f"model: {architecture} refuses these sizes: {reason}", "mend the sizes in `model`") from None
 
 
+def check_sizes(sizes: dict[str, Any]) -> None:
+    """``new_config``'s checks without a tokenizer, for a recipe whose tokenizer has yet to be trained."""
+
+    class Stands:
+        bos_token_id, eos_token_id, pad_token_id = 1, 2, 0
+
+        def __len__(self) -> int:
+            vocabulary = sizes.get("vocab_size", 4096)
+            return vocabulary if isinstance(vocabulary, int) and vocabulary > 2 else 4096
+
+    new_config(sizes, Stands())
+
+
 def new_model(config: Any, seed: int) -> Any:
     """Random weights, the same for the same seed; float32."""
     from transformers import AutoModelForCausalLM
@@ -66,6 +85,10 @@ def _derived(sizes: dict[str, Any], names: set[str]) -> dict[str, Any]:
             raise RecipeError(
                 f"model.{key} is missing", f"give model.{key}; e.g. hidden_size: 192, num_hidden_layers: 6"
             )
+    for key in WHOLE:
+        value = sizes.get(key, 1)
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise RecipeError(f"model.{key}: {value!r} is not a whole number", f"e.g. {key}: 8")
     width = sizes["hidden_size"]
     heads = sizes.get("num_attention_heads") or max(1, width // 64)
     head = sizes.get("head_dim") or width // heads
