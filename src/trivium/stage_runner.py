@@ -25,7 +25,7 @@ from trivium.data.loader import Batching, RunOrder, pack
 from trivium.data.templates import chat_template
 from trivium.errors import DataError, ModelError, RecipeError
 from trivium.evaluate.held_out import evaluate
-from trivium.files import clear_errors, folder_bytes
+from trivium.files import clear_errors, folder_bytes, read_json, write_json
 from trivium.folder import Opened
 from trivium.forest import Example, Forest, lay_out
 from trivium.model.language_model import LanguageModel
@@ -147,7 +147,9 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         _set_dropout(model, stage.dropout or 0.0)
         deltas.dropping(model.hf, True)
         say(f"  {len(order)} steps over {order.epochs:.2f} epochs of {len(data.examples):,} examples")
-        train(task, after_step)
+        with torch.random.fork_rng():  # dropout draws from the global generator
+            torch.manual_seed(int(stage.seed or 0))
+            train(task, after_step)
         deltas.dropping(model.hf, False)
         _set_dropout(model, 0.0)
         with costs.clock("save_seconds"), clear_errors(run.folder):
@@ -301,7 +303,7 @@ def _recompute(stage: Stage, model: LanguageModel, examples: list[Example]) -> b
     if stage.recompute != "auto":
         return stage.recompute == "layers"
     ranked = sorted(examples, key=lambda e: e.tokens)
-    probe = lay_out(ranked[:4]).to(model.device)
+    probe = lay_out(ranked[:1]).to(model.device)
     kept = recompute.saved_bytes(lambda: model.logprob(probe), model.hf.parameters()) / max(1, len(probe.tokens))
     tokens = max(int(stage.micro_batch_tokens or 1), ranked[-1].tokens)
     on = recompute.wanted("auto", kept, tokens, free_memory(str(model.device)))
@@ -348,17 +350,20 @@ def save_model(model: LanguageModel, folder: Path, template: ChatTemplate) -> No
     """A whole model as `transformers` loads it, with its tokenizer and template, stopping where its turns end."""
     hf, attention = model.hf, model.hf.config._attn_implementation
     state = {n: t.to(model.saved_dtype) if t.is_floating_point() else t for n, t in hf.state_dict().items()}
-    dtype = hf.config.dtype
     try:
-        hf.config.dtype = model.saved_dtype
         hf.config._attn_implementation = model.native_attention
         if hf.can_generate() and hf.generation_config is not None:
             hf.generation_config.eos_token_id = sorted(template.stop_ids)
             hf.generation_config.pad_token_id = model.tokenizer.pad_token_id
         hf.save_pretrained(folder, state_dict=state)
     finally:
-        hf.config.dtype = dtype
         hf.config._attn_implementation = attention
+    # transformers has written the dtype in which the weights are held, and would load them in it again
+    config = read_json(folder / "config.json")
+    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+        if "dtype" in part:
+            part["dtype"] = str(model.saved_dtype).removeprefix("torch.")
+    write_json(folder / "config.json", config)
     model.tokenizer.save_pretrained(folder)
 
 

@@ -1,4 +1,4 @@
-"""A tiny walk through all three steps, run once and read by many tests; and the command line, called in this process."""
+"""A tiny walk through all three steps, run once and read by many tests; the command line, called in this process."""
 
 from __future__ import annotations
 
@@ -16,7 +16,23 @@ import pytest
 import torch
 import yaml
 
-WORDS = "red blue green old young small big cat dog bird fish sat ran saw ate house tree river boat wood".split()
+WORDS = [
+    "red",
+    "blue",
+    "green",
+    "old",
+    "young",
+    "small",
+    "big",
+    "cat",
+    "dog",
+    "bird",
+    "sat",
+    "ran",
+    "saw",
+    "ate",
+    "tree",
+]
 MODEL = {
     "architecture": "llama",
     "hidden_size": 32,
