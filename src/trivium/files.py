@@ -84,6 +84,8 @@ def read_json(path: Path) -> Any:
         raise ModelError(f"{path}:{error.lineno}: not JSON ({error.msg})", "restore the file") from None
     except UnicodeDecodeError:
         raise ModelError(f"{path}: not UTF-8 text", "restore the file") from None
+    except (RecursionError, ValueError) as error:
+        raise ModelError(f"{path}: not JSON that can be read ({str(error)[:80]})", "restore the file") from None
 
 
 def start_folder(final: Path) -> Path:

@@ -34,9 +34,20 @@ def record_of(folder: Path) -> dict[str, Any] | None:
     """The folder's ``trivium.json``, or None where it was not made here."""
     path = folder / RECORD
     record = read_json(path) if path.is_file() else None
-    if record is not None and not (isinstance(record, dict) and isinstance(record.get("identity"), str)):
-        raise ModelError(f"{path}: not a record of trivium", "restore the folder")
+    if record is not None and not _is_record(record):
+        raise ModelError(f"{path}: not a record of trivium", "restore the folder, or delete this file")
     return record
+
+
+def _is_record(value: Any) -> bool:
+    """Whether what is shown and followed of a record has the types it should have."""
+    if not isinstance(value, dict) or not isinstance(value.get("identity"), str):
+        return False
+    lineage, metrics = value.get("lineage"), value.get("metrics", {})
+    links = isinstance(lineage, list) and all(isinstance(one, dict) and "name" in one for one in lineage)
+    links = links and all(isinstance(one.get("identity"), str) for one in lineage or [])
+    numbers = isinstance(metrics, dict) and all(isinstance(v, (int, float)) for v in metrics.values())
+    return links and numbers and isinstance(value.get("base") or {}, dict)
 
 
 def is_adapter(folder: Path) -> bool:
@@ -57,8 +68,6 @@ def open_folder(
 
     base = base_of(folder)
     opened = open_folder(base, dtype, device, overrides)
-    if opened.base is not None:
-        raise ModelError(f"{folder}: its base {base} is itself an adapter", "merge the base first")
     attached = adapter.load(opened.model.hf, folder)
     if (folder / "tokenizer_config.json").is_file():
         opened.model.tokenizer = load_tokenizer(folder)
@@ -110,6 +119,8 @@ def base_of(folder: Path) -> str:
         relative = (folder / place).resolve()
         for candidate in (relative, Path(place)):
             if candidate.exists():
+                if candidate.is_dir() and is_adapter(candidate):
+                    raise ModelError(f"{folder}: its base {candidate} is itself an adapter", "merge that adapter first")
                 _check_base(folder, recorded, candidate)
                 return str(candidate)
         tried.append(place)

@@ -62,9 +62,14 @@ def header(path: Path) -> dict[str, Any]:
                 raise ValueError("its header is longer than the file")
             found = json.loads(file.read(size_of))
         found.pop("__metadata__", None)
-        assert all(isinstance(t["shape"], list) and isinstance(t["dtype"], str) for t in found.values())
+        for tensor in found.values():
+            if not isinstance(tensor["dtype"], str) or not all(isinstance(n, int) and n >= 0 for n in tensor["shape"]):
+                raise ValueError("its header does not describe tensors")
+        end = max((t["data_offsets"][1] for t in found.values()), default=0)
+        if 8 + size_of + end != length:
+            raise ValueError(f"its header speaks of {8 + size_of + end:,} bytes, it has {length:,}")
         return dict(found)
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AssertionError, AttributeError) as error:
+    except (OSError, ValueError, struct.error, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise ModelError(
             f"{path}: not a safetensors file ({error})", "restore the file, or train the stage again"
         ) from None
@@ -81,7 +86,7 @@ def shown(found: dict[str, Any]) -> str:
         lines.append(f"  bytes       {size(found['bytes'])}")
     if "base" in found:
         lines.append(f"  base        {found['base']}")
-    if "stage" in found:
+    if "stage" in found and "method" in found:
         lines.append(f"  made by     {found['stage']}, {found['method']}, stage '{found['name']}'")
     for when in ("before", "after"):
         metrics = {k.removeprefix(f"{when}_"): v for k, v in found.get("metrics", {}).items() if k.startswith(when)}
@@ -89,6 +94,6 @@ def shown(found: dict[str, Any]) -> str:
             lines.append(f"  {when:<10}  " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
     for depth, link in enumerate(found.get("lineage", [])):
         method = f", {link['method']}" if link.get("method") else ""
-        made = f"{'  ' * depth}{link['name']} ({link['stage']}{method})  {link['identity'][:12]}"
+        made = f"{'  ' * depth}{link['name']} ({link.get('stage')}{method})  {link['identity'][:12]}"
         lines.append(f"  {'lineage' if not depth else '':<10}  {made}")
     return "\n".join(lines)

@@ -137,7 +137,7 @@ def _stage(recipe: Recipe, stage: Stage, parent: Link, out: Path, stages: list[S
     identity = sha256_json({"parent": parent.identity, "data": data, "settings": identity_settings(stage)})
     final = out / stage.name
     found = record_of(final) if final.is_dir() else None
-    if found is not None and found["identity"] == identity:
+    if found is not None and found["identity"] == identity and all(key in found for key in SHOWN):
         say(f"  done before ({identity[:12]}), not run again")
         return found
     if final.exists() and found is None:

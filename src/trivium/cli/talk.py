@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Annotated
 
 import typer
 
+from trivium.errors import ModelError
+
 Folder = Annotated[str, typer.Argument(metavar="DIR", help="A model or adapter folder, a .gguf file, or a hub id.")]
 Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")]
 Most = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after so many tokens.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the sampling.")]
+Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")]
 
 
 def add_to(app: typer.Typer) -> None:
@@ -31,12 +34,22 @@ def generate(
     """Answer one prompt."""
     from trivium.model.generate import Talker
 
+    prompt = _text(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
+    if not prompt.strip() and not raw:
+        raise ModelError("the prompt is empty", "give a prompt, or --raw to let the model begin by itself")
     talker = Talker.open(folder)
-    prompt = sys.stdin.read() if prompt == "-" else prompt
     ids = talker.raw_prompt(prompt) if raw else talker.prompt([{"role": "user", "content": prompt}])
     for piece in talker.stream(ids, max_new_tokens, temperature, seed):
         print(piece, end="", flush=True)
     print()
+
+
+def _text(data: bytes) -> str:
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        remedy = "save it as UTF-8"
+        raise ModelError(f"the prompt is not UTF-8 text (byte 0x{data[error.start]:02x})", remedy) from None
 
 
 def chat(
@@ -54,9 +67,11 @@ def chat(
     print("(an empty line ends)", file=sys.stderr)
     while True:
         try:
-            said = input("> ").strip()
+            said = input("> " if sys.stdin.isatty() else "").strip()
         except EOFError:
             break
+        except UnicodeDecodeError:
+            raise ModelError("what was said is not UTF-8 text", "set the terminal to UTF-8") from None
         if not said:
             break
         messages.append({"role": "user", "content": said})

@@ -18,6 +18,22 @@ from trivium.model.language_model import LanguageModel
 
 DTYPES = ("float32", "bfloat16", "float16")
 
+# What transformers says at length: a part of it, and what it means to a person.
+KNOWN = (
+    ("ignore_mismatched_sizes", "its weights do not have the shapes that its config.json gives", "restore both files"),
+    (
+        "does not recognize this architecture",
+        "transformers does not know the model_type that its config.json gives",
+        "a newer transformers may know it: pip install -U transformers",
+    ),
+    (
+        "for this kind of AutoModel: AutoModelForCausalLM",
+        "not a causal language model",
+        "give a model that writes text from left to right",
+    ),
+    ("instantiate the backend tokenizer", "no tokenizer in it", "copy the model's tokenizer.json beside config.json"),
+)
+
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
@@ -125,6 +141,12 @@ def _check_folder(path: Path) -> None:
         raise ModelError(
             f"{path}: a model folder without weights (no .safetensors)", "copy the weights beside config.json"
         )
+    index = path / "model.safetensors.index.json"
+    if index.is_file():
+        found = read_json(index)
+        parts = found.get("weight_map") if isinstance(found, dict) else None
+        if not isinstance(parts, dict) or not {str(name) for name in parts.values()} <= names:
+            raise ModelError(f"{index}: names files that are not in this folder", "copy all parts of the model")
     config = read_json(path / "config.json")
     if not isinstance(config, dict) or not config.get("model_type"):
         raise ModelError(f"{path}/config.json: no model_type", "give a folder written by transformers")
@@ -140,6 +162,8 @@ def _clear_errors(source: str) -> Iterator[None]:
     except ImportError as error:
         package = getattr(error, "name", None) or str(error).split("\n")[0][:80]
         raise ModelError(f"{source}: reading it needs a package: {package}", f"pip install {package}") from None
+    except RecursionError:
+        raise ModelError(f"{source}: its files are nested too deeply", "restore the folder") from None
     except Exception as error:  # transformers raises anything from KeyError to SafetensorError here
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         reason = (lines[0] if lines else type(error).__name__)[:160]
@@ -150,6 +174,9 @@ def _clear_errors(source: str) -> Iterator[None]:
         if "trust_remote_code" in str(error) or "remote code" in str(error):
             remedy = "trivium runs no code from model folders; use a model that transformers itself knows"
             raise ModelError(f"{source}: its architecture needs code of its own", remedy) from None
+        for sign, what, remedy in KNOWN:
+            if sign in str(error):
+                raise ModelError(f"{source}: {what}", remedy) from None
         raise ModelError(
             f"{source}: cannot be loaded: {reason}", "check that the folder is whole and its files match"
         ) from None
