@@ -23,9 +23,10 @@ def run(
 ) -> None:
     """Carry out a recipe; finished stages are not run again."""
     from trivium.recipe import read_recipe
-    from trivium.run import run_recipe, table
 
     read = read_recipe(recipe, set_)
+    from trivium.run import run_recipe, table  # after the recipe is read: this one takes a second
+
     folder = out or Path("runs") / read.name
     summary = run_recipe(read, folder, until)
     print(table(summary))
