@@ -52,16 +52,18 @@ def flex_forest_attention(query: Tensor, key: Tensor, value: Tensor, plan: Plan,
         assert softcap is not None
         return softcap * torch.tanh(score / softcap)
 
+    from torch.nn.attention.flex_attention import AuxRequest
+
     out = _flex(query.is_cuda)(
         query, key, value,
         score_mod=cap if softcap is not None else None,
         block_mask=block_mask(plan, window),
         scale=options.scaling,
         enable_gqa=query.shape[1] != key.shape[1],
-        return_lse=sinks is not None,
+        return_aux=AuxRequest(lse=True) if sinks is not None else None,
     )  # fmt: skip
     if sinks is not None:
         # a sink is one more logit without a value: it only scales the weights of the rest
-        out, lse = out
-        out = out * torch.sigmoid(lse - sinks.reshape(1, -1, 1).to(lse.dtype))[..., None].to(out.dtype)
+        out, aux = out
+        out = out * torch.sigmoid(aux.lse - sinks.reshape(1, -1, 1).to(aux.lse.dtype))[..., None].to(out.dtype)
     return out.transpose(1, 2)

@@ -11,6 +11,7 @@ below what a leak between sequences costs (some 0.03 to 0.15 per token).
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,9 +21,23 @@ from trivium.forest import Example, Forest, lay_out
 from trivium.model.language_model import LanguageModel
 from trivium.model.layout import LAYOUTS, sequence_rows
 
-# Largest accepted difference of a log-probability, and of a gradient relative to the largest one, by dtype.
-TOLERANCE = {torch.float32: 2e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
-GRADIENT_TOKENS = 512  # gradients are compared on rows of at most so many tokens in all
+
+class Tolerance(NamedTuple):
+    """Largest accepted differences: of the log-probabilities on average and at most, and of the whole gradient, as the
+    norm of the difference over the norm. In low precision single tokens may differ much (a near-tie of experts), so
+    there the average carries the proof."""
+
+    mean: float
+    most: float
+    gradient: float
+
+
+TOLERANCE = {
+    torch.float32: Tolerance(1e-4, 2e-3, 2e-3),
+    torch.bfloat16: Tolerance(2e-2, 1.0, 0.15),
+    torch.float16: Tolerance(5e-3, 0.3, 0.05),
+}
+GRADIENT_TOKENS = 256  # gradients are compared on rows of at most so many tokens in all
 
 
 @dataclass(frozen=True)
@@ -63,13 +78,14 @@ def prove(model: LanguageModel, examples: list[Example]) -> Proof:
         try:
             with model.laid_out("together" if layout == "rows" else layout):
                 with torch.no_grad():
-                    apart = float((model.logprob(forest) - expected).abs().max())
+                    differences = (model.logprob(forest) - expected).abs()
+                    mean, apart = float(differences.mean()), float(differences.max())
                 grads = _gradients(model, model.logprob(small), small) if small is not None else {}
                 grads_apart = _gradients_apart(grads, expected_grads)
         except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
             refused.append(f"{layout}: {type(error).__name__} {str(error).splitlines()[0][:80] if str(error) else ''}")
             continue
-        if apart <= limit and grads_apart <= 10 * limit:
+        if mean <= limit.mean and apart <= limit.most and grads_apart <= limit.gradient:
             return Proof(layout, apart, grads_apart, len(forest.tokens), tuple(refused))
         refused.append(f"{layout}: log-probabilities differ by {apart:.2g}, gradients by {grads_apart:.2g}")
     raise ModelError(
@@ -117,12 +133,12 @@ def _gradients(model: LanguageModel, logprob: Tensor, forest: Forest) -> dict[st
 
 
 def _gradients_apart(grads: dict[str, Tensor], expected: dict[str, Tensor]) -> float:
-    """Largest difference of any gradient, relative to the largest gradient there is."""
+    """Norm of the difference of the whole gradient, relative to its norm."""
     if set(grads) != set(expected):
         return float("inf")
     if not expected:
         return 0.0
-    scale = float(torch.stack([g.abs().max().float().cpu() for g in expected.values()]).max())
-    # torch's maximum keeps a NaN, Python's loses it
-    apart = float(torch.stack([(grads[n] - g).abs().max().float().cpu() for n, g in expected.items()]).max())
-    return apart / scale if scale else apart
+    # torch's sums keep a NaN, Python's maximum would lose it
+    scale = torch.stack([g.double().square().sum().cpu() for g in expected.values()]).sum().sqrt()
+    apart = torch.stack([(grads[n] - g).double().square().sum().cpu() for n, g in expected.items()]).sum().sqrt()
+    return float(apart / scale) if scale else float(apart)
