@@ -9,13 +9,18 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import torch
 
 from trivium.errors import ModelError
-from trivium.files import read_json, sha256_file, sha256_json
+from trivium.files import read_json, sha256_file, sha256_json, write_json
 from trivium.model.language_model import LanguageModel
 from trivium.model.load import load_base, quiet
 from trivium.peft.settings import FullSettings, Settings
+
+if TYPE_CHECKING:
+    from trivium.data.chat import ChatTemplate
 
 RECORD = "trivium.json"
 
@@ -176,3 +181,35 @@ def _revision(source: str) -> str | None:
             return extract_commit_hash(cached_file(source, "config.json"), None)
         except Exception:  # whatever the hub's client raises, loading the model will say it better
             return None
+
+
+# --- saving
+
+
+def round_to(hf: torch.nn.Module, dtype: torch.dtype) -> None:
+    """What is measured from here on is what the folder will hold."""
+    with torch.no_grad():
+        for p in hf.parameters():
+            if p.requires_grad and p.dtype != dtype:
+                p.copy_(p.to(dtype))
+
+
+def save_model(model: LanguageModel, folder: Path, template: ChatTemplate) -> None:
+    """A whole model as `transformers` loads it, with its tokenizer and template, stopping where its turns end."""
+    hf, attention = model.hf, model.hf.config._attn_implementation
+    state = {n: t.to(model.saved_dtype) if t.is_floating_point() else t for n, t in hf.state_dict().items()}
+    try:
+        hf.config._attn_implementation = model.native_attention
+        if hf.can_generate() and hf.generation_config is not None:
+            hf.generation_config.eos_token_id = sorted(template.stop_ids)
+            hf.generation_config.pad_token_id = model.tokenizer.pad_token_id
+        hf.save_pretrained(folder, state_dict=state)
+    finally:
+        hf.config._attn_implementation = attention
+    # transformers has written the dtype in which the weights are held, and would load them in it again
+    config = read_json(folder / "config.json")
+    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
+        if "dtype" in part:
+            part["dtype"] = str(model.saved_dtype).removeprefix("torch.")
+    write_json(folder / "config.json", config)
+    model.tokenizer.save_pretrained(folder)

@@ -23,10 +23,10 @@ from trivium.data.examples import Prepared, prepare
 from trivium.data.hub import local
 from trivium.data.loader import Batching, RunOrder, pack
 from trivium.data.templates import chat_template
-from trivium.errors import DataError, ModelError, RecipeError
+from trivium.errors import DataError, ModelError
 from trivium.evaluate.held_out import evaluate
-from trivium.files import clear_errors, folder_bytes, read_json, write_json
-from trivium.folder import Opened
+from trivium.files import clear_errors, folder_bytes
+from trivium.folder import Opened, round_to, save_model
 from trivium.forest import Example, Forest, lay_out
 from trivium.model.language_model import LanguageModel
 from trivium.model.proof import TOLERANCE, Proof, prove
@@ -38,6 +38,7 @@ from trivium.peft.targets import decoder_layers
 from trivium.recipe import Stage
 from trivium.stages import STAGES
 from trivium.train import recompute
+from trivium.train.dropout import dropout_off, set_dropout
 from trivium.train.log import TrainingLog, say, size
 from trivium.train.loop import StepLog, Task, train
 from trivium.train.machine import PeakMemory, free_memory
@@ -129,7 +130,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
             log.step(step)
             if held_out_forests and step.step % eval_every == 0 and step.step < len(order):
                 started = time.perf_counter()
-                with _dropout_off(model):
+                with dropout_off(model):
                     metrics = _evaluate(run, goal, reference, held_out_forests)
                 log.evaluated(step.step, metrics, time.perf_counter() - started)
 
@@ -144,16 +145,16 @@ def run_stage(run: StageRun) -> dict[str, Any]:
             optimizers=_optimizers(stage, model),
             max_grad_norm=float(stage.max_grad_norm or 1.0),
         )
-        _set_dropout(model, stage.dropout or 0.0)
+        set_dropout(model, stage.dropout or 0.0)
         deltas.dropping(model.hf, True)
         say(f"  {len(order)} steps over {order.epochs:.2f} epochs of {len(data.examples):,} examples")
         with torch.random.fork_rng():  # dropout draws from the global generator
             torch.manual_seed(int(stage.seed or 0))
             train(task, after_step)
         deltas.dropping(model.hf, False)
-        _set_dropout(model, 0.0)
+        set_dropout(model, 0.0)
         with costs.clock("save_seconds"), clear_errors(run.folder):
-            _round_to(model.hf, model.saved_dtype)
+            round_to(model.hf, model.saved_dtype)
             _save(run, settings, base, template)
         after = _evaluate(run, goal, reference, held_out_forests)
         if after:
@@ -224,36 +225,8 @@ def _has_experts(model: LanguageModel) -> bool:
 @contextlib.contextmanager
 def _as_parent(model: LanguageModel, parent: dict[str, torch.Tensor] | None) -> Iterator[None]:
     """The model as its parent was: adapters off, or under the parent's small weights; without any dropout."""
-    with _dropout_off(model), deltas.off(model.hf) if parent is None else deltas.swapped(model.hf, parent):
+    with dropout_off(model), deltas.off(model.hf) if parent is None else deltas.swapped(model.hf, parent):
         yield
-
-
-def _set_dropout(model: LanguageModel, share: float) -> None:
-    """The model's own dropout, for training; 0 puts it back to evaluation mode."""
-    if share and model.device.type == "cuda" and model.layout == "forest":
-        raise RecipeError("dropout: FlexAttention, which packed rows use on CUDA, has none", "leave dropout out")
-    model.hf.train(share > 0)
-    found = False
-    for module in model.hf.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p, found = share, True
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout, found = share, True
-    if share and not found:
-        raise RecipeError(f"dropout: {type(model.hf).__name__} has none of its own", "leave dropout out")
-
-
-@contextlib.contextmanager
-def _dropout_off(model: LanguageModel) -> Iterator[None]:
-    """Evaluation between steps: neither the model's dropout nor the adapter's."""
-    training, dropping = model.hf.training, any(d.dropping for d in deltas.deltas(model.hf).values())
-    model.hf.eval()
-    deltas.dropping(model.hf, False)
-    try:
-        yield
-    finally:
-        model.hf.train(training)
-        deltas.dropping(model.hf, dropping)
 
 
 def _order(stage: Stage, examples: list[Example]) -> RunOrder:
@@ -327,14 +300,6 @@ def _evaluate(run: StageRun, goal: Any, reference: Any, forests: list[Forest]) -
         return evaluate(goal, run.model.logprob, reference, forests)
 
 
-def _round_to(hf: torch.nn.Module, dtype: torch.dtype) -> None:
-    """What is measured from here on is what the folder will hold."""
-    with torch.no_grad():
-        for p in hf.parameters():
-            if p.requires_grad and p.dtype != dtype:
-                p.copy_(p.to(dtype))
-
-
 def _save(run: StageRun, settings: Settings, base: str | None, template: ChatTemplate) -> None:
     model, folder = run.model, run.folder
     if isinstance(settings, FullSettings):
@@ -343,27 +308,6 @@ def _save(run: StageRun, settings: Settings, base: str | None, template: ChatTem
         assert base is not None
         adapter.save(model.hf, folder, base, settings, model.saved_dtype)
         model.tokenizer.save_pretrained(folder)
-
-
-def save_model(model: LanguageModel, folder: Path, template: ChatTemplate) -> None:
-    """A whole model as `transformers` loads it, with its tokenizer and template, stopping where its turns end."""
-    hf, attention = model.hf, model.hf.config._attn_implementation
-    state = {n: t.to(model.saved_dtype) if t.is_floating_point() else t for n, t in hf.state_dict().items()}
-    try:
-        hf.config._attn_implementation = model.native_attention
-        if hf.can_generate() and hf.generation_config is not None:
-            hf.generation_config.eos_token_id = sorted(template.stop_ids)
-            hf.generation_config.pad_token_id = model.tokenizer.pad_token_id
-        hf.save_pretrained(folder, state_dict=state)
-    finally:
-        hf.config._attn_implementation = attention
-    # transformers has written the dtype in which the weights are held, and would load them in it again
-    config = read_json(folder / "config.json")
-    for part in (config, *(v for v in config.values() if isinstance(v, dict))):
-        if "dtype" in part:
-            part["dtype"] = str(model.saved_dtype).removeprefix("torch.")
-    write_json(folder / "config.json", config)
-    model.tokenizer.save_pretrained(folder)
 
 
 def _report(

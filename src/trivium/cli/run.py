@@ -25,7 +25,8 @@ def run(
     from trivium.recipe import read_recipe
 
     read = read_recipe(recipe, set_)
-    from trivium.run import run_recipe, table  # after the recipe is read: this one takes a second
+    from trivium.run import run_recipe  # after the recipe is read: this one takes a second
+    from trivium.summary import table
 
     folder = out or Path("runs") / read.name
     summary = run_recipe(read, folder, until)

@@ -1,0 +1,52 @@
+"""What can be seen to be wrong with a recipe before anything is trained: files, sizes, methods, lengths."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from trivium.errors import DataError, RecipeError
+from trivium.recipe import Recipe, Stage
+
+
+def check_data(stage: Stage) -> None:
+    """The files of a stage are there and hold something; raises DataError."""
+    from trivium.data.hub import local
+    from trivium.data.rows import files_of
+
+    paths = [stage.data] if isinstance(stage.data, str) else stage.data
+    held_out = [[stage.eval_data]] if isinstance(stage.eval_data, str) else []
+    for group in [paths, *held_out]:
+        files = [file for path in group for file in files_of(local(path))]
+        if not any(file.stat().st_size for file in files):
+            empty = f"{files[0]} is empty" if len(files) == 1 else f"all files of {', '.join(group)} are empty"
+            raise DataError(f"no rows: {empty}", "give a file with at least one row")
+
+
+def check_sizes(recipe: Recipe) -> None:
+    """The sizes of a new model fit together, before a tokenizer is trained for it; raises RecipeError."""
+    if isinstance(recipe.model, dict) and "architecture" in recipe.model:
+        from trivium.model import new
+        from trivium.model.load import quiet
+
+        with quiet():
+            new.check_sizes({k: v for k, v in recipe.model.items() if k != "tokenizer"})
+
+
+def check_fit(model: Any, recipe: Recipe, stages: list[Stage]) -> None:
+    """What later stages ask of this model is there, so that it is not found out hours later; raises RecipeError."""
+    from trivium.peft.base import plan_for
+    from trivium.peft.settings import settings_for
+
+    for stage in stages:
+        method = dict(stage.method or {"name": "full"})
+        try:
+            plan_for(model.hf, settings_for(method.pop("name"), method))
+        except RecipeError as error:
+            raise RecipeError(f"stages.{stage.name}.method: {error.what}", error.remedy) from None
+    context = model.context
+    for stage in recipe.stages[: len(stages)]:  # as written: a default gives way to the model's context
+        if stage.max_length and stage.max_length > context:
+            raise RecipeError(
+                f"stages.{stage.name}.max_length: {stage.max_length} is more than the model's context of {context}",
+                f"use at most {context}, or build the model with a larger max_position_embeddings",
+            )
