@@ -155,7 +155,7 @@ def test_full_training_of_an_adapter_merges_it_first_and_says_so(walk):
 def test_defaults_and_inherited_settings_are_said(walk):
     assert "from chat: device cpu, dtype auto, method lora (r 2)" in walk.said
     assert "defaults of sft:" in walk.said
-    assert "new llama: 30,880 parameters, vocabulary 320" in walk.said
+    assert f"new llama: {walk.record('base')['total_parameters']:,} parameters, vocabulary" in walk.said
     assert "max_length 128, which is the model's context" in walk.said
     assert walk.said.count("proof: packed and prefix-shared = separate") == 7
 
@@ -166,7 +166,7 @@ def test_nothing_half_written_is_left(walk):
 
 
 def test_the_table(walk):
-    from trivium.run import table
+    from trivium.summary import table
 
     lines = table(walk.summary).splitlines()
     assert len(lines) == 1 + 7
