@@ -54,7 +54,14 @@ def test_contributing_adds_a_loss_a_method_and_a_stage(folder: Path) -> None:
             {"name": "base", "stage": "pretrain", "data": "my_text.jsonl", **SHORT},
             {"name": "more", "stage": "continue", "from": "base", "data": "my_text.jsonl", **SHORT},
             {"name": "chat", "stage": "sft", "from": "more", "data": "my_chats.jsonl", "method": "gain", **SHORT},
-            {"name": "aligned", "stage": "preference", "from": "chat", "data": "my_pairs.jsonl", "loss": "hinge", **SHORT},
+            {
+                "name": "aligned",
+                "stage": "preference",
+                "from": "chat",
+                "data": "my_pairs.jsonl",
+                "loss": "hinge",
+                **SHORT,
+            },
         ],
     }
     (folder / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
@@ -68,7 +75,13 @@ def test_contributing_adds_a_loss_a_method_and_a_stage(folder: Path) -> None:
     assert "proof: hinge(beta=0.1) starts at 1.000000" in done.stderr
     assert "goes on training the gain adapter" in done.stderr
     record = json.loads((folder / "out" / "aligned" / "trivium.json").read_text(encoding="utf-8"))
-    assert [link["stage"] for link in record["lineage"]] == ["random weights", "pretrain", "continue", "sft", "preference"]
+    assert [link["stage"] for link in record["lineage"]] == [
+        "random weights",
+        "pretrain",
+        "continue",
+        "sft",
+        "preference",
+    ]
     assert record["trained_parameters"] == 2 * TINY["hidden_size"]
 
 
@@ -91,7 +104,9 @@ def test_the_readmes_recipes_run(folder: Path) -> None:
 
 
 def test_the_readmes_commands_exist() -> None:
-    lines = [line.strip("$ ") for b in blocks("README.md", "console") for line in b.splitlines() if line.startswith("$ ")]
+    lines = [
+        line.strip("$ ") for b in blocks("README.md", "console") for line in b.splitlines() if line.startswith("$ ")
+    ]
     assert any(line.startswith("trivium") for line in lines)
     targets = re.findall(r"(?m)^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"))
     command = get_command(app)

@@ -32,7 +32,7 @@ def write(folder: Path, rows: list[Any], name: str = "a.jsonl") -> Path:
 
 def run(path: Path | list[Path], kind: Any, **more: Any) -> Prepared:
     settings = {"max_length": None, "context": 64, "template": None if kind == "text" else TEMPLATE} | more
-    return prepare(path, kind=kind, tokenizer=TOKENIZER, **settings)
+    return prepare(path, kind=kind, tokenizer=TOKENIZER, **{"bad_rows": 1.0, **settings})
 
 
 def chat(ask: str, answer: str) -> dict[str, Any]:
@@ -124,6 +124,7 @@ def test_answers_that_differ_only_in_what_the_template_trims(tmp_path: Path) -> 
     template = chat_template(tokenizer)
     rows = [{"prompt": "a", "chosen": "b", "rejected": r} for r in ("c", "d", " b ")]
     done = prepare(
+        bad_rows=1.0,
         write(tmp_path, rows), kind="pair", tokenizer=tokenizer, template=template, max_length=None, context=64
     )
     assert [r for _, r in done.ledger.set_aside] == ["chosen and rejected are the same once tokenised"]
@@ -164,11 +165,12 @@ def test_nothing_to_learn_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no rows in"):
         run(write(tmp_path, []), "text")
     rows = [{"mesages": []}] * 3
-    with pytest.raises(DataError, match=r"(?s)nothing to learn from.*3 of 3 rows.*a\.jsonl:1: fields 'mesages'.*write"):
+    with pytest.raises(DataError, match=r"(?s)a\.jsonl:1: fields 'mesages'.*write.*3 of 3 rows.*no row"):
         run(write(tmp_path, rows), "conversation")
-    with pytest.raises(DataError, match="too little to learn from"):
-        run(write(tmp_path, [*rows, chat("a", "b")]), "conversation")
-    assert run(write(tmp_path, rows), "conversation", check=False).ledger.used == 0
+    many = write(tmp_path, [*rows[:1], *[chat("a", f"b{n}") for n in range(99)], *rows[:1]])  # 2 of 101
+    with pytest.raises(DataError, match=r"2 of 101 rows cannot be used\)\n.*bad_rows: 0\.02"):
+        run(many, "conversation", bad_rows=0.01)
+    assert run(many, "conversation", bad_rows=0.02).ledger.used == 99
     with pytest.raises(DataError, match="raise max_length"):
         run(write(tmp_path, [chat("a", "b" * 200)]), "conversation")
     with pytest.raises(DataError, match="held out"):

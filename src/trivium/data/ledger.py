@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,7 @@ class Ledger:
         origin, reason = self.set_aside[0]
         raise DataError(
             f"{origin}: {reason} ({bad} of {self.read} rows cannot be used)",
-            f"Mend these rows, or allow so many with bad_rows: {min(1.0, bad / self.read + 0.001):.2g}."
+            f"Mend these rows, or allow so many with bad_rows: {math.ceil(100 * bad / self.read) / 100:g}."
             if self.used
             else "Mend these rows: no row of this data can be used.",
         )
