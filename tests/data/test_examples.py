@@ -124,8 +124,13 @@ def test_answers_that_differ_only_in_what_the_template_trims(tmp_path: Path) -> 
     template = chat_template(tokenizer)
     rows = [{"prompt": "a", "chosen": "b", "rejected": r} for r in ("c", "d", " b ")]
     done = prepare(
+        write(tmp_path, rows),
+        kind="pair",
+        tokenizer=tokenizer,
+        template=template,
+        max_length=None,
+        context=64,
         bad_rows=1.0,
-        write(tmp_path, rows), kind="pair", tokenizer=tokenizer, template=template, max_length=None, context=64
     )
     assert [r for _, r in done.ledger.set_aside] == ["chosen and rejected are the same once tokenised"]
 
