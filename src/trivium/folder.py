@@ -16,7 +16,7 @@ import torch
 from trivium.errors import ModelError
 from trivium.files import read_json, sha256_file, sha256_json, write_json
 from trivium.model.language_model import LanguageModel
-from trivium.model.load import load_base, quiet
+from trivium.model.load import load_base, offline_where_unreachable, quiet
 from trivium.peft.settings import FullSettings, Settings
 
 if TYPE_CHECKING:
@@ -176,6 +176,7 @@ def _revision(source: str) -> str | None:
     from transformers.utils import cached_file
     from transformers.utils.hub import extract_commit_hash
 
+    offline_where_unreachable()
     with quiet():
         try:
             return extract_commit_hash(cached_file(source, "config.json"), None)

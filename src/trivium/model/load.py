@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from trivium.errors import ModelError
 from trivium.files import read_json
@@ -121,7 +123,21 @@ def locate(source: str) -> tuple[str, dict[str, str]]:
         raise ModelError(
             f"{source}: no such model folder", "give a model folder, a .gguf file, or a hub id (owner/name)"
         )
+    offline_where_unreachable()
     return source, {}
+
+
+def offline_where_unreachable() -> None:
+    """Where the hub has no address, its client uses only its cache, instead of half a minute of silent retries."""
+    from huggingface_hub import constants
+
+    proxies = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy")
+    if constants.HF_HUB_OFFLINE or any(os.environ.get(name) for name in proxies):
+        return
+    try:
+        socket.getaddrinfo(urlsplit(constants.ENDPOINT).hostname, 443)
+    except OSError:
+        constants.HF_HUB_OFFLINE = True
 
 
 def _check_folder(path: Path) -> None:
