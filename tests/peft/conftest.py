@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -32,15 +32,6 @@ KINDS = {
     "gpt_oss": ("gpt_oss", {**COMMON, "num_local_experts": 4, "layer_types": ["full_attention"] * 2}),
     "qwen2_moe": ("qwen2_moe", {**COMMON, "num_experts": 4, "moe_intermediate_size": 32, "num_experts_per_tok": 2}),
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """Tiny products gain nothing from a second thread, and lose much while it waits for a busy core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @functools.lru_cache
