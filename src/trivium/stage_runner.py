@@ -31,6 +31,7 @@ from trivium.forest import Example, Forest, lay_out
 from trivium.model.language_model import LanguageModel
 from trivium.model.proof import TOLERANCE, Proof, prove
 from trivium.objectives import objective
+from trivium.objectives.base import Objective
 from trivium.peft import base as deltas
 from trivium.peft import folder as adapter
 from trivium.peft.settings import FullSettings, Settings, settings_for
@@ -84,82 +85,120 @@ class StageRun:
         return self.opened.model
 
 
+@dataclass
+class Work:
+    """What a stage trains: its data in order, its objective, and the method's settings."""
+
+    template: ChatTemplate
+    data: Prepared
+    held_out: list[Example]
+    order: RunOrder
+    used: list[Example]  # the examples that the run will see, each once
+    goal: Objective
+    settings: Settings
+    parent: dict[str, torch.Tensor] | None  # the parent's small weights; None: the bare base is the parent
+    base: str | None  # where an adapter's base lies
+    proof: Proof
+
+
 def run_stage(run: StageRun) -> dict[str, Any]:
     """Train the stage and write its folder; returns its part of the record."""
-    stage, model, costs = run.stage, run.model, run.costs
+    model, costs = run.model, run.costs
     peak = PeakMemory(str(model.device))
     with costs.clock("setup_seconds"):
-        template = chat_template(model.tokenizer)
-        data, held_out = _data(stage, model, template)
-        base = run.adapter_base() if stage.method and stage.method["name"] != "full" else None
-        settings, parent = _attach(run)
-        order = _order(stage, data.examples)
-        used = _used(order, data.examples)
-        layers = list(decoder_layers(model.hf).values())
-        goal = objective(stage.model_dump())
-        proof = prove(model, _probe(used))
-        say(f"  {proof.line()}")
-        model.layout = proof.layout
-
-    def forests(examples: list[Example]) -> Iterator[Forest]:
-        groups = pack(list(range(len(examples))), [e.tokens for e in examples], int(stage.micro_batch_tokens or 1))
-        yield from (lay_out([examples[i] for i in g]).to(model.device) for g in groups)
-
-    with model.laid_out(proof.layout), contextlib.ExitStack() as stack:
-        held_out_forests = list(forests(held_out))
+        work = _prepared(run)
+    with model.laid_out(work.proof.layout), contextlib.ExitStack() as stack:
+        held_out = list(_forests(run, work.held_out))
         with costs.clock("reference_seconds"):
-            reference: Any = no_reference
-            if goal.needs_reference and isinstance(settings, FullSettings):
-                say("  the parent's log-probabilities are computed once, as its weights are about to change")
-                reference = Remembered(model.logprob, [*forests(used), *held_out_forests])
-            elif goal.needs_reference:
-                reference = UnderParent(model.logprob, lambda: _as_parent(model, parent))
+            reference = _reference(run, work, held_out)
         with costs.clock("setup_seconds"):
-            _prove_start(goal, model, reference, used)
-            stack.enter_context(recompute.recomputed(layers, _recompute(stage, model, used)))
-        before = _evaluate(run, goal, reference, held_out_forests)
-        log = TrainingLog(run.folder / "metrics.jsonl", stage.name, len(order), peak)
+            _prove_start(work.goal, model, reference, work.used)
+            layers = list(decoder_layers(model.hf).values())
+            stack.enter_context(recompute.recomputed(layers, _recompute(run.stage, model, work.used)))
+        log = TrainingLog(run.folder / "metrics.jsonl", run.stage.name, len(work.order), peak)
         stack.callback(log.close)
-        if before:
-            log.evaluated(0, before, 0.0)
 
-        def after_step(step: StepLog) -> None:
-            costs.seconds += step.seconds
-            costs.tokens += step.tokens
-            costs.trained_tokens += step.trained_tokens
-            log.step(step)
-            if held_out_forests and step.step % eval_every == 0 and step.step < len(order):
-                started = time.perf_counter()
-                with dropout_off(model):
-                    metrics = _evaluate(run, goal, reference, held_out_forests)
-                log.evaluated(step.step, metrics, time.perf_counter() - started)
+        def measure(step: int) -> dict[str, float]:
+            with costs.clock("eval_seconds"), dropout_off(model), log.paused():
+                metrics = evaluate(work.goal, model.logprob, reference, held_out)
+            if metrics:
+                log.evaluated(step, metrics)
+            return metrics
 
-        eval_every = stage.eval_every or max(1, math.ceil(len(order) / 3))
-        task = Task(
-            objective=goal,
-            logprob=model.logprob,
-            reference=reference,
-            batches=lambda n: (lay_out([data.examples[i] for i in g]).to(model.device) for g in order[n]),
-            steps=len(order),
-            rate=lambda n: factor(n, len(order), str(stage.schedule), stage.warmup_ratio or 0.0),
-            optimizers=_optimizers(stage, model),
-            max_grad_norm=float(stage.max_grad_norm or 1.0),
-        )
-        set_dropout(model, stage.dropout or 0.0)
-        deltas.dropping(model.hf, True)
-        say(f"  {len(order)} steps over {order.epochs:.2f} epochs of {len(data.examples):,} examples")
-        with torch.random.fork_rng():  # dropout draws from the global generator
-            torch.manual_seed(int(stage.seed or 0))
-            train(task, after_step)
-        deltas.dropping(model.hf, False)
-        set_dropout(model, 0.0)
+        before = measure(0)
+        _train(run, work, reference, log, measure)
         with costs.clock("save_seconds"), clear_errors(run.folder):
             round_to(model.hf, model.saved_dtype)
-            _save(run, settings, base, template)
-        after = _evaluate(run, goal, reference, held_out_forests)
-        if after:
-            log.evaluated(len(order), after, 0.0)
-    return _report(run, settings, data, held_out, order, proof, template, {"before": before, "after": after}, peak)
+            _save(run, work)
+        after = measure(len(work.order))
+    return _report(run, work, {"before": before, "after": after}, peak)
+
+
+def _prepared(run: StageRun) -> Work:
+    """Data, method and objective, and the proof that the packed rows are computed right."""
+    stage, model = run.stage, run.model
+    template = chat_template(model.tokenizer)
+    data, held_out = _data(stage, model, template)
+    base = run.adapter_base() if stage.method and stage.method["name"] != "full" else None
+    settings, parent = _attach(run)
+    order = _order(stage, data.examples)
+    used = _used(order, data.examples)
+    proof = prove(model, _probe(used))
+    say(f"  {proof.line()}")
+    goal = objective(stage.model_dump())
+    return Work(template, data, held_out, order, used, goal, settings, parent, base, proof)
+
+
+def _train(
+    run: StageRun, work: Work, reference: Any, log: TrainingLog, measure: Callable[[int], dict[str, float]]
+) -> None:
+    """The loop, with dropout as the stage says, and an evaluation now and then."""
+    stage, model, order, costs = run.stage, run.model, work.order, run.costs
+    eval_every = stage.eval_every or max(1, math.ceil(len(order) / 3))
+
+    def after_step(step: StepLog) -> None:
+        costs.seconds += step.seconds
+        costs.tokens += step.tokens
+        costs.trained_tokens += step.trained_tokens
+        log.step(step)
+        if step.step % eval_every == 0 and step.step < len(order):
+            measure(step.step)
+
+    task = Task(
+        objective=work.goal,
+        logprob=model.logprob,
+        reference=reference,
+        batches=lambda n: (lay_out([work.data.examples[i] for i in g]).to(model.device) for g in order[n]),
+        steps=len(order),
+        rate=lambda n: factor(n, len(order), str(stage.schedule), stage.warmup_ratio or 0.0),
+        optimizers=_optimizers(stage, model),
+        max_grad_norm=float(stage.max_grad_norm or 1.0),
+    )
+    set_dropout(model, stage.dropout or 0.0)
+    deltas.dropping(model.hf, True)
+    say(f"  {len(order)} steps over {order.epochs:.2f} epochs of {len(work.data.examples):,} examples")
+    with torch.random.fork_rng():  # dropout draws from the global generator
+        torch.manual_seed(int(stage.seed or 0))
+        train(task, after_step)
+    deltas.dropping(model.hf, False)
+    set_dropout(model, 0.0)
+
+
+def _forests(run: StageRun, examples: list[Example]) -> Iterator[Forest]:
+    """Examples packed for gradient-free passes."""
+    groups = pack(list(range(len(examples))), [e.tokens for e in examples], int(run.stage.micro_batch_tokens or 1))
+    yield from (lay_out([examples[i] for i in g]).to(run.model.device) for g in groups)
+
+
+def _reference(run: StageRun, work: Work, held_out: list[Forest]) -> Any:
+    """How the parent's log-probabilities are had: not at all, under its small weights, or computed once."""
+    model = run.model
+    if not work.goal.needs_reference:
+        return no_reference
+    if isinstance(work.settings, FullSettings):
+        say("  the parent's log-probabilities are computed once, as its weights are about to change")
+        return Remembered(model.logprob, [*_forests(run, work.used), *held_out])
+    return UnderParent(model.logprob, lambda: _as_parent(model, work.parent))
 
 
 # --- before the loop
@@ -295,27 +334,19 @@ def _optimizers(stage: Stage, model: LanguageModel) -> list[torch.optim.Optimize
 # --- after the loop
 
 
-def _evaluate(run: StageRun, goal: Any, reference: Any, forests: list[Forest]) -> dict[str, float]:
-    with run.costs.clock("eval_seconds"):
-        return evaluate(goal, run.model.logprob, reference, forests)
-
-
-def _save(run: StageRun, settings: Settings, base: str | None, template: ChatTemplate) -> None:
+def _save(run: StageRun, work: Work) -> None:
     model, folder = run.model, run.folder
-    if isinstance(settings, FullSettings):
-        save_model(model, folder, template)
+    if isinstance(work.settings, FullSettings):
+        save_model(model, folder, work.template)
     else:
-        assert base is not None
-        adapter.save(model.hf, folder, base, settings, model.saved_dtype)
+        assert work.base is not None
+        adapter.save(model.hf, folder, work.base, work.settings, model.saved_dtype)
         model.tokenizer.save_pretrained(folder)
 
 
-def _report(
-    run: StageRun, settings: Settings, data: Prepared, held_out: list[Example], order: RunOrder, proof: Proof,
-    template: ChatTemplate, measured: dict[str, dict[str, float]], peak: PeakMemory,
-) -> dict[str, Any]:  # fmt: skip
+def _report(run: StageRun, work: Work, measured: dict[str, dict[str, float]], peak: PeakMemory) -> dict[str, Any]:
     """Everything the folder should tell about itself, but for its lineage."""
-    costs, model = run.costs, run.model
+    costs, model, data, template = run.costs, run.model, work.data, work.template
     if data.ledger.set_aside or data.ledger.over_long:
         with clear_errors(run.folder):
             data.ledger.write_quarantine(run.folder / "quarantine.jsonl")
@@ -326,14 +357,14 @@ def _report(
         "trained_parameters": model.trained_parameters(),
         "total_parameters": model.parameters(),
         "bytes_on_disk": weights,
-        "steps": len(order),
-        "epochs": order.epochs,
+        "steps": len(work.order),
+        "epochs": work.order.epochs,
         "tokens_per_second": costs.tokens / costs.seconds if costs.seconds else 0.0,
         "peak_memory_bytes": peak.read(),
         **asdict(costs),
         "metrics": metrics,
-        "rows": {**data.ledger.as_dict(), "evaluated": len(held_out)},
-        "proof": asdict(proof),
+        "rows": {**data.ledger.as_dict(), "evaluated": len(work.held_out)},
+        "proof": asdict(work.proof),
         "dtype": {"computation": str(model.dtype), "saved": str(model.saved_dtype)},
         "template": {"sha256": template.sha256, "origin": template.origin, "stop_ids": sorted(template.stop_ids)},
         "versions": _versions(),

@@ -151,7 +151,7 @@ def test_chat_reads_a_pipe(walk, trivium, monkeypatch):
 
 
 def test_chat_remembers_what_was_said(walk, trivium, monkeypatch):
-    from trivium.model.generate import Talker
+    from trivium.talk import Talker
 
     asked: list[list[dict[str, str]]] = []
     prompt = Talker.prompt

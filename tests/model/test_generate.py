@@ -11,10 +11,11 @@ from transformers import AutoConfig, GenerationConfig
 
 from trivium.errors import ModelError
 from trivium.forest import Example, TokenSequence, lay_out
-from trivium.model.generate import Talker, generate
+from trivium.model.generate import generate
 from trivium.model.language_model import LanguageModel
 from trivium.model.load import load_base, wrap
 from trivium.model.new import new_model
+from trivium.talk import Talker
 
 FAMILIES = {
     "llama": {"num_key_value_heads": 2, "intermediate_size": 48},

@@ -32,7 +32,7 @@ def generate(
     ] = False,
 ) -> None:
     """Answer one prompt."""
-    from trivium.model.generate import Talker
+    from trivium.talk import Talker
 
     prompt = _text(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
     if not prompt.strip() and not raw:
@@ -60,7 +60,7 @@ def chat(
     system: Annotated[str | None, typer.Option(help="A system message to begin with.")] = None,
 ) -> None:
     """Talk to a model; an empty line or Ctrl-D ends."""
-    from trivium.model.generate import Talker
+    from trivium.talk import Talker
 
     talker = Talker.open(folder)
     messages = [{"role": "system", "content": system}] if system else []

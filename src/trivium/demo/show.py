@@ -47,7 +47,7 @@ def run_demo(out: Path, seed: int) -> dict[str, Any]:
 
 def _answers(folder: Path, requests: list[dict[str, Any]]) -> list[str]:
     """Greedy answers to the last turn of each request."""
-    from trivium.model.generate import Talker
+    from trivium.talk import Talker
 
     talker = Talker.open(str(folder), device="cpu")
     return ["".join(talker.stream(talker.prompt(r["messages"][:-1]), MOST_TOKENS)) for r in requests]

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import TYPE_CHECKING, Any, TextIO
 
 from trivium.files import clear_errors
-from trivium.train.loop import StepLog
+
+if TYPE_CHECKING:
+    from trivium.train.loop import StepLog
 
 PLAIN_EVERY = 10.0  # seconds between plain lines where there is no terminal
 
@@ -42,7 +46,7 @@ class TrainingLog:
     def __init__(self, file: Path, name: str, steps: int, peak: Any) -> None:
         self.name, self.steps, self.peak = name, steps, peak
         self.started = self.shown = time.perf_counter()
-        self.paused = self.tokens = 0.0
+        self.paused_for = self.tokens = 0.0
         self.live = sys.stderr.isatty()
         with clear_errors(file):
             self.file: TextIO = file.open("w", encoding="utf-8")
@@ -50,7 +54,7 @@ class TrainingLog:
     def step(self, log: StepLog) -> None:
         self.tokens += log.tokens
         row = {k: v for k, v in vars(log).items() if k != "stats"}
-        self.write({**row, **log.stats, "elapsed": round(time.perf_counter() - self.started - self.paused, 4)})
+        self.write({**row, **log.stats, "elapsed": round(time.perf_counter() - self.started - self.paused_for, 4)})
         now = time.perf_counter()
         last = log.step == self.steps
         if now - self.shown < (0.1 if self.live else PLAIN_EVERY) and not last and log.step != 1:
@@ -65,7 +69,7 @@ class TrainingLog:
             say(line)
 
     def line(self, log: StepLog, now: float) -> str:
-        elapsed = max(1e-9, now - self.started - self.paused)
+        elapsed = max(1e-9, now - self.started - self.paused_for)
         left = elapsed / log.step * (self.steps - log.step)
         extra = "".join(f"  {k} {log.stats[k]:.3f}" for k in ("accuracy", "margin") if k in log.stats)
         return (
@@ -73,9 +77,15 @@ class TrainingLog:
             f"{self.tokens / elapsed:,.0f} tokens/s  {size(self.peak.read())}  {clock(left)} left"
         )
 
-    def evaluated(self, step: int, metrics: dict[str, float], seconds: float) -> None:
-        """Held-out metrics; their time is not the training's."""
-        self.paused += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time spent inside is not the training's."""
+        started = time.perf_counter()
+        yield
+        self.paused_for += time.perf_counter() - started
+
+    def evaluated(self, step: int, metrics: dict[str, float]) -> None:
+        """Held-out metrics."""
         self.write({"step": step, **{f"eval_{k}": v for k, v in metrics.items()}})
         shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in ("loss", "accuracy"))
         if self.live:
