@@ -18,7 +18,6 @@ from trivium.errors import ModelError
 from trivium.files import read_json
 from trivium.model.language_model import LanguageModel
 
-DTYPES = ("float32", "bfloat16", "float16")
 
 # What transformers says at length: a part of it, and what it means to a person.
 KNOWN = (
