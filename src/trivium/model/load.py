@@ -18,7 +18,6 @@ from trivium.errors import ModelError
 from trivium.files import read_json
 from trivium.model.language_model import LanguageModel
 
-
 # What transformers says at length: a part of it, and what it means to a person.
 KNOWN = (
     ("ignore_mismatched_sizes", "its weights do not have the shapes that its config.json gives", "restore both files"),
