@@ -17,7 +17,7 @@ from typer.main import get_command
 
 from trivium.cli.main import app
 from trivium.demo import world
-from trivium.recipe import parse_recipe
+from trivium.recipe_file import parse_recipe
 from trivium.run import run_recipe
 
 ROOT = Path(__file__).parents[1]

@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 
 from trivium.errors import RecipeError
-from trivium.recipe import Recipe, Stage, parse_recipe
+from trivium.recipe import Recipe, Stage
+from trivium.recipe_file import parse_recipe
 
 TEXT = """\
 name: one

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from trivium.errors import RecipeError
-from trivium.recipe import Recipe, Stage, parse_recipe
+from trivium.recipe import Recipe, Stage
+from trivium.recipe_file import parse_recipe
 from trivium.stages import STAGES, identity_settings, resolve
 
 KINDS = {"pretrain": "text", "sft": "conversation", "preference": "pair"}

@@ -22,6 +22,15 @@ def check_data(stage: Stage) -> None:
             raise DataError(f"no rows: {empty}", "give a file with at least one row")
 
 
+def check_texts(recipe: Recipe) -> None:
+    """The text that all models are measured on is there; raises DataError."""
+    if recipe.eval_text is not None:
+        from trivium.data.hub import local
+        from trivium.data.rows import files_of
+
+        files_of(local(recipe.eval_text))
+
+
 def check_sizes(recipe: Recipe) -> None:
     """The sizes of a new model fit together, before a tokenizer is trained for it; raises RecipeError."""
     if isinstance(recipe.model, dict) and "architecture" in recipe.model:

@@ -57,6 +57,7 @@ class Example:
 
     sequences: tuple[TokenSequence, ...]
     origin: str = ""
+    text_bytes: int = 0  # UTF-8 bytes of what is trained, stop tokens not counted, for bits per byte; 0: not said
 
     @property
     def tokens(self) -> int:

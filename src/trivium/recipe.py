@@ -6,25 +6,20 @@ None here; `stages.py` gives them the defaults of their stage and says so.
 
 from __future__ import annotations
 
-import glob
 import math
-import re
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
-from trivium.errors import RecipeError, listed, nearest
+from trivium.errors import RecipeError, nearest
 from trivium.objectives import OBJECTIVES
 from trivium.peft.settings import settings_for
 from trivium.stages import STAGES
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
-RESERVED = ("model", "tokenizer", "data")  # what a run writes beside its stages
-ENDINGS = (".partial", ".old", ".json")
+RESERVED = ("model", "tokenizer", "data", "tensorboard", "wandb")  # what a run writes beside its stages
+ENDINGS = (".partial", ".old", ".json", ".html")
 MOST_SEED = 2**63  # what torch takes
 MEND = "mend it in the recipe or by --set"
 
@@ -167,6 +162,17 @@ class Recipe(Strict):
         "or path and what overrides its config."
     )
     stages: list[Stage] = Field(min_length=1, description="The stages, each after the one it starts from.")
+    track: Literal["none", "tensorboard", "wandb", "trackio"] = Field(
+        "none", description="Where metrics go besides the run's own files."
+    )
+    prompts: list[str] | None = Field(
+        None, description="Asked of the model after every stage, for the report; left out: held-out rows; []: nothing."
+    )
+    eval_text: str | None = Field(
+        None,
+        description="Text on which the model is measured after every stage, in bits per byte, so that forgetting "
+        "shows; left out: held-out rows of the first pretraining stage.",
+    )
 
     @field_validator("model", mode="before")
     @classmethod
@@ -201,189 +207,3 @@ class Recipe(Strict):
                 raise _wrong(what, f"stages before it: {names}", "stages", number, "from")
             seen.append(stage.name)
         return self
-
-
-def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
-    """Read, override, check. Relative paths in it become absolute: they are relative to the recipe.
-
-    ``overrides`` are ``key=value`` with dots, a stage by its name: ``stages.chat.learning_rate=1e-4``; a path given
-    there may also be relative to the current folder. Raises RecipeError.
-    """
-    try:
-        text = path.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        hint = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
-        raise RecipeError(f"{path}: no such recipe{hint}", "check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({type(error).__name__})", "a recipe is a YAML text file") from None
-    return parse_recipe(text, path, overrides or [])
-
-
-def parse_recipe(text: str, path: Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe in ``text``; ``path`` is where it stands, for messages and relative paths."""
-    try:
-        value = yaml.load(text, Loader=Loader)
-        node = yaml.compose(text, Loader=Loader)
-    except yaml.YAMLError as error:
-        mark = getattr(error, "problem_mark", None)
-        line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
-        raise RecipeError(f"{path}{line}: not YAML: {problem}", "mend the line; indent with spaces") from None
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: not YAML: {str(error)[:100]}", "mend the value") from None
-    if not isinstance(value, dict):
-        raise RecipeError(f"{path}: a recipe is a mapping with name, model and stages", "see recipes/ for examples")
-    for number, key in _repeated(node, set()):
-        raise RecipeError(f"{path}:{number}: '{key}' is given a second time", "keep one of the two")
-    for override in overrides or []:
-        _override(value, override)
-    try:
-        recipe = Recipe.model_validate(value)
-    except ValidationError as error:
-        raise _explained(error, value, node, path) from None
-    return _absolute(recipe, path.resolve().parent)
-
-
-def _override(value: dict[str, Any], override: str) -> None:
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        raise RecipeError(f"--set {override}: not key=value", "e.g. --set stages.chat.learning_rate=1e-4")
-    try:
-        new = yaml.load(text, Loader=Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
-        new = text
-    *parents, last = key.split(".")
-    at: Any = value
-    for part in parents:
-        found = None
-        if isinstance(at, dict):
-            found = at.setdefault(part, {}) if at is not value or part == "model" else at.get(part)
-            names = list(at)
-        elif isinstance(at, list):
-            named = {s.get("name"): s for s in at if isinstance(s, dict)}
-            found, names = named.get(part), [str(n) for n in named]
-        else:
-            names = []
-        if found is None:
-            raise RecipeError(f"--set {key}: no '{part}' here{nearest(part, names)}", f"there are: {listed(names)}")
-        if part == "method" and isinstance(found, str):  # method: lora, and --set ...method.r=8
-            at[part] = found = {"name": found}
-        at = found
-    if not isinstance(at, dict):
-        raise RecipeError(
-            f"--set {key}: '{parents[-1] if parents else key}' holds no keys", "e.g. --set stages.chat.data=rows.jsonl"
-        )
-    if last in ("data", "eval_data", "model", "path", "tokenizer"):
-        new = [_here(one) for one in new] if isinstance(new, list) else _here(new)
-    at[last] = new
-
-
-def _here(new: Any) -> Any:
-    """A path or glob that means something in the current folder, as an absolute path."""
-    there = isinstance(new, str) and new and (Path(new).expanduser().exists() or glob.glob(new))  # noqa: PTH207
-    return str(Path(new).expanduser().absolute()) if there else new
-
-
-class Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text; people mean a number."""
-
-
-Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float", re.compile(r"^[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)[eE][-+]?[0-9]+$"), list("-+.0123456789")
-)
-
-
-def _repeated(node: Any, seen: set[int]) -> Iterator[tuple[int, str]]:
-    """(line, key) of every key that its mapping has already; YAML's reader would keep the last without a word."""
-    if id(node) in seen:  # an alias
-        return
-    seen.add(id(node))
-    children = node.value if isinstance(node, yaml.SequenceNode) else []
-    if isinstance(node, yaml.MappingNode):
-        keys: set[str] = set()
-        for key, child in node.value:
-            if isinstance(key.value, str) and key.value in keys and key.value != "<<":
-                yield key.start_mark.line + 1, key.value
-            keys.add(str(key.value))
-            children = [*children, child]
-    for child in children:
-        yield from _repeated(child, seen)
-
-
-def _explained(error: ValidationError, value: dict[str, Any], node: Any, path: Path) -> RecipeError:
-    """The first thing wrong, with its line, its key and the nearest name there is."""
-    first = error.errors()[0]
-    context = first.get("ctx", {})
-    place: list[Any] = [
-        p for p in first["loc"] if not (isinstance(p, str) and ("[" in p or p in ("str", "float", "dict")))
-    ]
-    place += context.get("place", [])
-    line, shown = _line_of(node, place), _shown(place, value)
-    if first["type"] == "extra_forbidden":
-        fields = Stage.model_fields if len(place) > 1 else Recipe.model_fields
-        names = [f.alias or n for n, f in fields.items()]
-        return RecipeError(
-            f"{path}{line}: unknown key {shown}{nearest(str(place[-1]), names)}", f"keys there are: {listed(names, 40)}"
-        )
-    if first["type"] == "missing":
-        return RecipeError(f"{path}{line}: {shown} is missing", f"add `{place[-1]}:`")
-    message = first["msg"].removeprefix("Value error, ").strip()
-    got = "" if isinstance(first["input"], (dict, list)) or "what" in context else f" (got {first['input']!r})"
-    what = " ".join(f"{path}{line}: {shown + ': ' if shown else ''}{message}{got}".split())
-    return RecipeError(what[:400], context.get("remedy", MEND))
-
-
-def _shown(place: list[Any], value: dict[str, Any]) -> str:
-    """``stages.chat.beta`` instead of ``stages.1.beta``."""
-    parts: list[str] = []
-    at: Any = value
-    for part in place:
-        try:
-            at = at[part]
-        except (KeyError, IndexError, TypeError):
-            at = None
-        name = at.get("name") if isinstance(part, int) and isinstance(at, dict) else None
-        parts.append(str(name or part))
-    return ".".join(parts)
-
-
-def _line_of(node: Any, place: list[Any]) -> str:
-    """``:7`` for the line on which the deepest known part of ``place`` stands."""
-    line = None
-    for part in place:
-        found = None
-        if isinstance(node, yaml.MappingNode):
-            for key, child in node.value:
-                if key.value == part:
-                    found, line = child, key.start_mark.line + 1
-        elif isinstance(node, yaml.SequenceNode) and isinstance(part, int) and part < len(node.value):
-            found = node.value[part]
-            line = found.start_mark.line + 1
-        if found is None:
-            break
-        node = found
-    return f":{line}" if line else ""
-
-
-def _absolute(recipe: Recipe, folder: Path) -> Recipe:
-    def place(text: str) -> str:
-        return text if text.startswith("hf://") else str(folder / Path(text).expanduser())
-
-    for stage in recipe.stages:
-        stage.data = [place(d) for d in stage.data] if isinstance(stage.data, list) else place(stage.data)
-        if isinstance(stage.eval_data, str):
-            stage.eval_data = place(stage.eval_data)
-    if isinstance(recipe.model, str):
-        recipe.model = _model_place(recipe.model, folder)
-    else:
-        for key in ("path", "tokenizer"):
-            if isinstance(recipe.model.get(key), str):
-                recipe.model[key] = _model_place(recipe.model[key], folder)
-    return recipe
-
-
-def _model_place(text: str, folder: Path) -> str:
-    """A folder beside the recipe, or a hub id as it stands."""
-    local = folder / Path(text).expanduser()
-    is_path = local.exists() or text.startswith((".", "/", "~")) or text.endswith(".gguf") or text.count("/") != 1
-    return str(local) if is_path else text

@@ -8,45 +8,61 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from trivium.checks import check_data, check_fit, check_sizes
+from trivium.checks import check_data, check_fit, check_sizes, check_texts
 from trivium.errors import ModelError, RecipeError, nearest
-from trivium.files import clear_errors, make_folder, sha256_json, whole_folder, write_json
+from trivium.files import clear_errors, make_folder, whole_folder, write_json
+from trivium.measures import Measures
 from trivium.recipe import Recipe, Stage
-from trivium.stages import identity_settings, resolve
+from trivium.report.write import REPORT, write_report
+from trivium.stages import resolve
 from trivium.start import Link, add_tokens, data_hashes, given_method, is_start, new_start, overrides, start_of
-from trivium.summary import SHOWN, summary_of
+from trivium.summary import SHOWN, SUMMARY, stage_identity, stage_record, summary_of
 from trivium.train.log import clock, say, size
+from trivium.train.track import check_tracker, open_tracker
 
-SUMMARY = "summary.json"
+if TYPE_CHECKING:
+    from trivium.evaluate.judge import Judge
+
 BASE = "model"  # where a base is written that no path names: new, dequantised, or with overrides
 
 
-def run_recipe(recipe: Recipe, out: Path, until: str | None = None) -> dict[str, Any]:
-    """Run what has to be run; writes ``summary.json`` and returns it."""
+def run_recipe(recipe: Recipe, out: Path, until: str | None = None, judge: Judge | None = None) -> dict[str, Any]:
+    """Run what has to be run; writes ``summary.json`` and ``report.html``, and returns the summary.
+
+    ``judge`` looks at answers along the way, and at the end of each stage (`evaluate.judge`).
+    """
     stages = _up_to(recipe, until)
     for stage in stages:  # first what needs no library that takes seconds to import
         check_data(stage)
+    check_texts(recipe)
+    check_tracker(recipe.track)
     settings, notes = _resolved(recipe, stages)
     check_sizes(recipe)
     out = make_folder(out).resolve()  # adapters name their base: PEFT looks for it from wherever it is started
+    ordered = [settings[stage.name] for stage in stages]
+    measures = Measures(out, recipe, ordered, judge)
     links: dict[str, Link] = {}
     summary: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, "stages": []}
     start: Link | None = None
-    for stage in stages:
-        full = settings[stage.name]
-        say(f"{stage.name}: {stage.stage} from {stage.from_ or 'the model'}")
-        for note in notes[stage.name]:
+    for full in ordered:
+        say(f"{full.name}: {full.stage} from {full.from_ or 'the model'}")
+        for note in notes[full.name]:
             say(f"  {note}")
-        if stage.from_ is None and start is None:
+        if full.from_ is None and start is None:
             start = start_of(recipe, full, out)
-        came_from = links[stage.from_] if stage.from_ else start
+        came_from = links[full.from_] if full.from_ else start
         assert came_from is not None
-        record = _stage(recipe, full, came_from, out, list(settings.values()))
-        links[stage.name] = Link(str(out / stage.name), record["identity"], record["lineage"])
-        summary["stages"].append(summary_of(record))
+        record = _stage(recipe, full, came_from, out, ordered, judge)
+        links[full.name] = Link(str(out / full.name), record["identity"], record["lineage"])
+        if len(links) == 1:  # only now, as a mistake in the data should not have to wait for it
+            measures.of_start(recipe, came_from, full)
+        measures.of_stage(full, out / full.name, record["identity"])
+        summary["stages"].append(summary_of(record) | {"from": full.from_} | measures.around(full))
         write_json(out / SUMMARY, summary)
+        write_report(out)
+    say(f"report: {out / REPORT}")
     return summary
 
 
@@ -72,12 +88,14 @@ def _resolved(recipe: Recipe, stages: list[Stage]) -> tuple[dict[str, Stage], di
     return settings, notes
 
 
-def _stage(recipe: Recipe, stage: Stage, parent: Link, out: Path, stages: list[Stage]) -> dict[str, Any]:
+def _stage(
+    recipe: Recipe, stage: Stage, parent: Link, out: Path, stages: list[Stage], judge: Judge | None
+) -> dict[str, Any]:
     """Run one stage, or find it done; ``stages`` are all of the run, checked against its model before it is trained."""
-    from trivium.folder import record_of, relative
+    from trivium.folder import record_of
 
     data = data_hashes(stage)
-    identity = sha256_json({"parent": parent.identity, "data": data, "settings": identity_settings(stage)})
+    identity = stage_identity(parent, data, stage)
     final = out / stage.name
     found = record_of(final) if final.is_dir() else None
     if found is not None and found["identity"] == identity and all(key in found for key in SHOWN):
@@ -92,23 +110,12 @@ def _stage(recipe: Recipe, stage: Stage, parent: Link, out: Path, stages: list[S
         opening = time.perf_counter() - started
         from trivium.stage_runner import run_stage
 
+        run.judge = judge
+        run.tracker = lambda: open_tracker(recipe.track, recipe.name, stage.name, out, stage.model_dump(by_alias=True))
         report = run_stage(run)
         report["setup_seconds"] += opening
-        own = {"name": stage.name, "stage": stage.stage, "method": (stage.method or {})["name"], "identity": identity}
-        record = {
-            "trivium": 1,
-            **own,
-            "parent": {
-                "path": relative(parent.source, final) if Path(parent.source).exists() else parent.source,
-                "source": parent.source,
-                "identity": parent.identity,
-            },
-            "base": base(),
-            "data": {"paths": stage.data, **data},
-            "settings": stage.model_dump(by_alias=True, exclude_none=True),
-            **report,
-            "lineage": [*parent.lineage, own],
-        }
+        data = {"paths": stage.data, **data}
+        record = stage_record(stage, parent, final, identity, base(), data, report)
         write_json(partial / "trivium.json", record)
     say(f"  saved {final} ({size(record['bytes_on_disk'])}, {clock(time.perf_counter() - started)})")
     return record

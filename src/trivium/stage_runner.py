@@ -19,17 +19,16 @@ import torch
 
 from trivium import __version__
 from trivium.data.chat import ChatTemplate
-from trivium.data.examples import Prepared, prepare
-from trivium.data.hub import local
-from trivium.data.loader import Batching, RunOrder, pack
+from trivium.data.examples import Prepared
+from trivium.data.loader import RunOrder
 from trivium.data.templates import chat_template
-from trivium.errors import DataError, ModelError
 from trivium.evaluate.held_out import evaluate
+from trivium.evaluate.judge import ALONG_THE_WAY, Judge, shares
 from trivium.files import clear_errors, folder_bytes
 from trivium.folder import Opened, round_to, save_model
 from trivium.forest import Example, Forest, lay_out
 from trivium.model.language_model import LanguageModel
-from trivium.model.proof import TOLERANCE, Proof, prove
+from trivium.model.proof import Proof, prove
 from trivium.objectives import objective
 from trivium.objectives.base import Objective
 from trivium.peft import base as deltas
@@ -37,18 +36,18 @@ from trivium.peft import folder as adapter
 from trivium.peft.settings import FullSettings, Settings, settings_for
 from trivium.peft.targets import decoder_layers
 from trivium.recipe import Stage
-from trivium.stages import STAGES
+from trivium.stage_data import InMemory, packed, run_order, stage_examples, used_examples
+from trivium.stage_proof import probe, prove_start, recomputes
+from trivium.talk import Talker
 from trivium.train import recompute
 from trivium.train.dropout import dropout_off, set_dropout
-from trivium.train.log import TrainingLog, say, size
+from trivium.train.log import TrainingLog, say
 from trivium.train.loop import StepLog, Task, train
-from trivium.train.machine import PeakMemory, free_memory
+from trivium.train.machine import PeakMemory
 from trivium.train.optimizer import build_optimizers
 from trivium.train.reference import Remembered, UnderParent, no_reference
 from trivium.train.schedule import factor
-
-HELD_OUT_MOST = 200  # rows taken off the data for evaluation, at most
-PROOF_ROWS = 4
+from trivium.train.track import Tracker
 
 
 @dataclass
@@ -76,8 +75,11 @@ class StageRun:
 
     stage: Stage
     opened: Opened
-    folder: Path  # the partial folder; the caller puts it in its place
-    adapter_base: Callable[[], str]  # where the frozen base lies on disk, written there if need be
+    folder: Path | None = None  # the partial folder; the caller puts it in its place. None: nothing is written
+    adapter_base: Callable[[], str] | None = None  # where the frozen base lies on disk, written there if need be
+    data: InMemory | None = None  # rows instead of the stage's files
+    judge: Judge | None = None
+    tracker: Callable[[], Tracker | None] = lambda: None
     costs: Costs = field(default_factory=Costs)
 
     @property
@@ -108,42 +110,49 @@ def run_stage(run: StageRun) -> dict[str, Any]:
     with costs.clock("setup_seconds"):
         work = _prepared(run)
     with model.laid_out(work.proof.layout), contextlib.ExitStack() as stack:
-        held_out = list(_forests(run, work.held_out))
+        held_out = list(packed(work.held_out, int(run.stage.micro_batch_tokens or 1), model.device))
         with costs.clock("reference_seconds"):
             reference = _reference(run, work, held_out)
         with costs.clock("setup_seconds"):
-            _prove_start(work.goal, model, reference, work.used)
+            prove_start(work.goal, model, reference, work.used)
             layers = list(decoder_layers(model.hf).values())
-            stack.enter_context(recompute.recomputed(layers, _recompute(run.stage, model, work.used)))
-        log = TrainingLog(run.folder / "metrics.jsonl", run.stage.name, len(work.order), peak)
+            stack.enter_context(recompute.recomputed(layers, recomputes(run.stage, model, work.used)))
+        file = run.folder / "metrics.jsonl" if run.folder else None
+        log = TrainingLog(file, run.stage.name, len(work.order), peak, run.tracker())
         stack.callback(log.close)
 
         def measure(step: int) -> dict[str, float]:
             with costs.clock("eval_seconds"), dropout_off(model), log.paused():
                 metrics = evaluate(work.goal, model.logprob, reference, held_out)
+                if run.judge is not None:
+                    with model.laid_out("single"):  # generation is the model's own
+                        talker = Talker(model, work.template, work.template.stop_ids)
+                        metrics |= shares(run.judge(talker, ALONG_THE_WAY))
             if metrics:
                 log.evaluated(step, metrics)
             return metrics
 
         before = measure(0)
         _train(run, work, reference, log, measure)
-        with costs.clock("save_seconds"), clear_errors(run.folder):
+        with costs.clock("save_seconds"):
             round_to(model.hf, model.saved_dtype)
-            _save(run, work)
+            if run.folder is not None:
+                _save(run.folder, model, work)
         after = measure(len(work.order))
-    return _report(run, work, {"before": before, "after": after}, peak)
+    return _report(run, work, {"before": before, "after": after}, peak, log)
 
 
 def _prepared(run: StageRun) -> Work:
     """Data, method and objective, and the proof that the packed rows are computed right."""
     stage, model = run.stage, run.model
     template = chat_template(model.tokenizer)
-    data, held_out = _data(stage, model, template)
-    base = run.adapter_base() if stage.method and stage.method["name"] != "full" else None
+    data, held_out = stage_examples(stage, model, template, run.data)
+    peft = stage.method is not None and stage.method["name"] != "full"
+    base = run.adapter_base() if peft and run.adapter_base else None
     settings, parent = _attach(run)
-    order = _order(stage, data.examples)
-    used = _used(order, data.examples)
-    proof = prove(model, _probe(used))
+    order = run_order(stage, data.examples)
+    used = used_examples(order, data.examples)
+    proof = prove(model, probe(used))
     say(f"  {proof.line()}")
     goal = objective(stage.model_dump())
     return Work(template, data, held_out, order, used, goal, settings, parent, base, proof)
@@ -184,12 +193,6 @@ def _train(
     set_dropout(model, 0.0)
 
 
-def _forests(run: StageRun, examples: list[Example]) -> Iterator[Forest]:
-    """Examples packed for gradient-free passes."""
-    groups = pack(list(range(len(examples))), [e.tokens for e in examples], int(run.stage.micro_batch_tokens or 1))
-    yield from (lay_out([examples[i] for i in g]).to(run.model.device) for g in groups)
-
-
 def _reference(run: StageRun, work: Work, held_out: list[Forest]) -> Any:
     """How the parent's log-probabilities are had: not at all, under its small weights, or computed once."""
     model = run.model
@@ -197,38 +200,12 @@ def _reference(run: StageRun, work: Work, held_out: list[Forest]) -> Any:
         return no_reference
     if isinstance(work.settings, FullSettings):
         say("  the parent's log-probabilities are computed once, as its weights are about to change")
-        return Remembered(model.logprob, [*_forests(run, work.used), *held_out])
+        tokens = int(run.stage.micro_batch_tokens or 1)
+        return Remembered(model.logprob, [*packed(work.used, tokens, model.device), *held_out])
     return UnderParent(model.logprob, lambda: _as_parent(model, work.parent))
 
 
 # --- before the loop
-
-
-def _data(stage: Stage, model: LanguageModel, template: ChatTemplate) -> tuple[Prepared, list[Example]]:
-    """The examples to train on and those held out; the ledger is printed."""
-    kind = STAGES[stage.stage].rows
-    share = stage.eval_data if isinstance(stage.eval_data, (int, float)) else 0.0
-    limit = min(stage.max_length or model.context, model.context)
-    if stage.max_length and stage.max_length > model.context:  # a default; what the recipe says is checked before
-        say(f"  max_length {model.context}, which is the model's context")
-
-    def ready(paths: str | list[str], holdout: float) -> Prepared:
-        places = [local(p) for p in ([paths] if isinstance(paths, str) else paths)]
-        return prepare(
-            places, kind=kind, tokenizer=model.tokenizer, template=template,
-            train_on=stage.train_on or "assistant", max_length=stage.max_length, context=limit, holdout=holdout,
-            bad_rows=stage.bad_rows if stage.bad_rows is not None else 0.01,
-        )  # fmt: skip
-
-    data = ready(stage.data, float(share))
-    for line in data.ledger.lines():
-        say(f"  {line}")
-    held_out = data.held_out[:HELD_OUT_MOST]
-    if isinstance(stage.eval_data, str):
-        held_out = ready(stage.eval_data, 0.0).examples
-    if not data.examples:
-        raise DataError(f"{stage.data}: nothing left to train on", "give more rows, or eval_data: 0")
-    return data, held_out
 
 
 def _attach(run: StageRun) -> tuple[Settings, dict[str, torch.Tensor] | None]:
@@ -268,61 +245,6 @@ def _as_parent(model: LanguageModel, parent: dict[str, torch.Tensor] | None) -> 
         yield
 
 
-def _order(stage: Stage, examples: list[Example]) -> RunOrder:
-    batching = Batching(
-        seed=int(stage.seed or 0),
-        micro_batch_tokens=int(stage.micro_batch_tokens or 1),
-        batch_size=stage.batch_size,
-        batch_tokens=stage.batch_tokens,
-        epochs=stage.epochs,
-        max_steps=stage.max_steps,
-    )
-    return RunOrder([e.tokens for e in examples], batching)
-
-
-def _used(order: RunOrder, examples: list[Example]) -> list[Example]:
-    """The examples that the run will see, each once."""
-    if order.epochs >= 1:
-        return examples
-    return [examples[i] for i in sorted({i for n in range(len(order)) for g in order[n] for i in g})]
-
-
-def _probe(examples: list[Example]) -> list[Example]:
-    """Real rows for the proof: the longest, and a few of the shortest, on which the gradients are compared."""
-    ranked = sorted(examples, key=lambda e: e.tokens)
-    return [*ranked[: PROOF_ROWS - 1], *ranked[PROOF_ROWS - 1 :][-1:]]
-
-
-def _prove_start(goal: Any, model: LanguageModel, reference: Any, examples: list[Example]) -> None:
-    """The objective's declared value before the first step, on the shortest rows; raises ModelError."""
-    if goal.at_start is None:
-        return
-    forest = lay_out(sorted(examples, key=lambda e: e.tokens)[:2]).to(model.device)
-    loss = evaluate(goal, model.logprob, reference, [forest])["loss"]
-    allowed = 5 * TOLERANCE[model.dtype].mean
-    if not abs(loss - goal.at_start) <= allowed:
-        raise ModelError(
-            f"{goal.name}: the loss before the first step is {loss:.6f}, not {goal.at_start:.6f}: "
-            "the reference is not the parent",
-            "the parent's folder has changed since it was trained; run the recipe again",
-        )
-    say(f"  proof: {goal.name} starts at {loss:.6f}, as it must")
-
-
-def _recompute(stage: Stage, model: LanguageModel, examples: list[Example]) -> bool:
-    """Whether layers are recomputed; ``auto`` measures what a row keeps and scales it to a micro-batch."""
-    if stage.recompute != "auto":
-        return stage.recompute == "layers"
-    ranked = sorted(examples, key=lambda e: e.tokens)
-    probe = lay_out(ranked[:1]).to(model.device)
-    kept = recompute.saved_bytes(lambda: model.logprob(probe), model.hf.parameters()) / max(1, len(probe.tokens))
-    tokens = max(int(stage.micro_batch_tokens or 1), ranked[-1].tokens)
-    on = recompute.wanted("auto", kept, tokens, free_memory(str(model.device)))
-    if on:
-        say(f"  recompute: layers, as {tokens:,} tokens at {size(kept)} each would not fit well")
-    return on
-
-
 def _optimizers(stage: Stage, model: LanguageModel) -> list[torch.optim.Optimizer]:
     inside = {id(p) for layer in decoder_layers(model.hf).values() for p in layer.parameters()}
     hidden = {n for n, p in model.hf.named_parameters() if id(p) in inside}
@@ -334,44 +256,47 @@ def _optimizers(stage: Stage, model: LanguageModel) -> list[torch.optim.Optimize
 # --- after the loop
 
 
-def _save(run: StageRun, work: Work) -> None:
-    model, folder = run.model, run.folder
-    if isinstance(work.settings, FullSettings):
-        save_model(model, folder, work.template)
-    else:
-        assert work.base is not None
+def _save(folder: Path, model: LanguageModel, work: Work) -> None:
+    with clear_errors(folder):
+        if isinstance(work.settings, FullSettings):
+            save_model(model, folder, work.template)
+            return
+        assert work.base is not None, "an adapter names its base"
         adapter.save(model.hf, folder, work.base, work.settings, model.saved_dtype)
         model.tokenizer.save_pretrained(folder)
 
 
-def _report(run: StageRun, work: Work, measured: dict[str, dict[str, float]], peak: PeakMemory) -> dict[str, Any]:
+def _report(
+    run: StageRun, work: Work, measured: dict[str, dict[str, float]], peak: PeakMemory, log: TrainingLog
+) -> dict[str, Any]:
     """Everything the folder should tell about itself, but for its lineage."""
     costs, model, data, template = run.costs, run.model, work.data, work.template
-    if data.ledger.set_aside or data.ledger.over_long:
-        with clear_errors(run.folder):
-            data.ledger.write_quarantine(run.folder / "quarantine.jsonl")
-    metrics = {f"{when}_{k}": v for when, found in measured.items() for k, v in found.items()}
-    weights = folder_bytes(run.folder, ".safetensors")
+    written: dict[str, Any] = {"curve": log.rows}  # a folder has it in metrics.jsonl
+    if run.folder is not None:
+        if data.ledger.set_aside or data.ledger.over_long:
+            with clear_errors(run.folder):
+                data.ledger.write_quarantine(run.folder / "quarantine.jsonl")
+        written = {"bytes_on_disk": folder_bytes(run.folder, ".safetensors")}
     costs.seconds += costs.reference_seconds
     return {
         "trained_parameters": model.trained_parameters(),
         "total_parameters": model.parameters(),
-        "bytes_on_disk": weights,
         "steps": len(work.order),
         "epochs": work.order.epochs,
         "tokens_per_second": costs.tokens / costs.seconds if costs.seconds else 0.0,
         "peak_memory_bytes": peak.read(),
         **asdict(costs),
-        "metrics": metrics,
+        **written,
+        "metrics": {f"{when}_{k}": v for when, found in measured.items() for k, v in found.items()},
         "rows": {**data.ledger.as_dict(), "evaluated": len(work.held_out)},
         "proof": asdict(work.proof),
         "dtype": {"computation": str(model.dtype), "saved": str(model.saved_dtype)},
         "template": {"sha256": template.sha256, "origin": template.origin, "stop_ids": sorted(template.stop_ids)},
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     import transformers
 
     return {

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trivium.data.templates import chat_template
 from trivium.folder import open_folder
-from trivium.model.generate import generate
+from trivium.model.generate import generate, generate_many
 from trivium.model.language_model import LanguageModel
 from trivium.train.machine import pick_device, pick_dtype
 
@@ -22,10 +22,12 @@ class Talker:
     stop_ids: frozenset[int]
 
     @classmethod
-    def open(cls, source: str, device: str | None = None) -> Talker:
-        """From a model or adapter folder, GGUF file or hub id; in the fastest dtype of the device."""
+    def open(
+        cls, source: str, device: str | None = None, dtype: str | None = None, overrides: dict[str, Any] | None = None
+    ) -> Talker:
+        """From a model or adapter folder, GGUF file or hub id; left out, the fastest device and its fastest dtype."""
         device = pick_device(device)
-        opened = open_folder(source, pick_dtype("auto", device), device)
+        opened = open_folder(source, pick_dtype(dtype, device), device, overrides)
         template = chat_template(opened.model.tokenizer)
         return cls(opened.model, template, template.stop_ids)
 
@@ -48,3 +50,14 @@ class Talker:
             if not text.endswith("\ufffd"):  # else the rest of the character is still to come
                 yield text[len(shown) :]
                 shown = text
+
+    def answers(
+        self, conversations: Sequence[Sequence[dict[str, Any]]], most: int, temperature: float = 0.0, seed: int = 0
+    ) -> list[str]:
+        """The answer to each conversation, many side by side."""
+        return self.answers_to([self.prompt(list(messages)) for messages in conversations], most, temperature, seed)
+
+    def answers_to(self, prompts: list[list[int]], most: int, temperature: float = 0.0, seed: int = 0) -> list[str]:
+        """The text after each prompt of tokens, many side by side."""
+        found = generate_many(self.model, prompts, most, self.stop_ids, temperature, seed)
+        return [self.model.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]

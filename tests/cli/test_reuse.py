@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trivium.recipe import read_recipe
+from trivium.recipe_file import read_recipe
 from trivium.run import run_recipe
 
 SHORT = {"max_steps": 1, "batch_size": 2, "eval_data": 0}
@@ -47,8 +47,12 @@ def again(here: Path, trivium, *more: object) -> tuple[list[str], str]:
     return [n for n in NAMES if before[n] != after[n]], done.err
 
 
+REMADE = ("summary.json", "report.html")
+WRITTEN = (*REMADE, "measures.json")
+
+
 def test_a_second_run_trains_nothing(here, trivium):
-    files = {p: p.stat().st_mtime_ns for p in (here / "out").rglob("*") if p.is_file() and p.name != "summary.json"}
+    files = {p: p.stat().st_mtime_ns for p in (here / "out").rglob("*") if p.is_file() and p.name not in REMADE}
     summary = (here / "out" / "summary.json").read_text(encoding="utf-8")
     ran, said = again(here, trivium)
     assert ran == []
@@ -107,7 +111,7 @@ def test_what_an_unfinished_attempt_left_is_swept(here, trivium):
     shutil.move(here / "out" / "aligned", here / "out" / "aligned.partial")
     done = trivium("run", here / "recipe.yaml", "--out", here / "out")
     assert done.code == 0
-    assert sorted(p.name for p in (here / "out").iterdir()) == ["aligned", "base", "chat", "summary.json", "tokenizer"]
+    assert {p.name for p in (here / "out").iterdir()} == {"aligned", "base", "chat", "tokenizer", *WRITTEN}
 
 
 def test_a_moved_run_still_opens_and_is_not_run_again(here, trivium):
@@ -122,7 +126,7 @@ def test_a_moved_run_still_opens_and_is_not_run_again(here, trivium):
 def test_until_stops_after_its_stage(here, trivium):
     done = trivium("run", here / "recipe.yaml", "--out", here / "new", "--until", "base")
     assert done.code == 0
-    assert sorted(p.name for p in (here / "new").iterdir()) == ["base", "summary.json", "tokenizer"]
+    assert {p.name for p in (here / "new").iterdir()} == {"base", "tokenizer", *WRITTEN}
     assert "chat" not in done.out
     done = trivium("run", here / "recipe.yaml", "--out", here / "new", "--until", "bas")
     assert done.code == 2

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trivium.folder import open_folder
-from trivium.recipe import read_recipe
+from trivium.recipe_file import read_recipe
 from trivium.run import run_recipe
 
 PROBE = torch.tensor([[1, 70, 80, 90, 100, 75, 85]])

@@ -162,7 +162,7 @@ def test_defaults_and_inherited_settings_are_said(walk):
 
 def test_nothing_half_written_is_left(walk):
     names = {p.name for p in walk.folder.iterdir()}
-    assert names == {"tokenizer", "summary.json", *FULL, *LORA, *BOTTLENECK}
+    assert names == {"tokenizer", "summary.json", "measures.json", "report.html", *FULL, *LORA, *BOTTLENECK}
 
 
 def test_the_table(walk):
@@ -173,8 +173,8 @@ def test_the_table(walk):
     assert max(map(len, lines)) <= 100
     after = walk.record("aligned")["metrics"]
     row = next(line for line in lines if line.startswith("aligned"))
-    assert f"0.693 -> {after['after_loss']:.3f}" in row
-    assert f"0.500 -> {after['after_accuracy']:.3f}" in row
+    assert f"0.693→{after['after_loss']:.3f}" in row
+    assert f"50%→{after['after_accuracy']:.0%}" in row
     assert size(walk.record("aligned")["bytes_on_disk"]) in row
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from trivium.demo import show, world
-from trivium.recipe import parse_recipe
+from trivium.recipe_file import parse_recipe
 
 SMALL = [
     "model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=2", "model.num_key_value_heads=1",

@@ -22,7 +22,7 @@ def run(
     until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
 ) -> None:
     """Carry out a recipe; finished stages are not run again."""
-    from trivium.recipe import read_recipe
+    from trivium.recipe_file import read_recipe
 
     read = read_recipe(recipe, set_)
     from trivium.run import run_recipe  # after the recipe is read: this one takes a second

@@ -15,7 +15,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import chain, islice, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +24,7 @@ import numpy as np
 from trivium.data.chat import ChatTemplate, Rendered, TrainOn, added_bos
 from trivium.data.formats import Conversation, Kind, Pair, RowError, Text, parse
 from trivium.data.ledger import Ledger
-from trivium.data.rows import BadRow, Row, files_of, read_rows, sha256_of
+from trivium.data.rows import BadRow, Listed, Row, Source, read_rows
 from trivium.forest import Example, TokenSequence
 
 if TYPE_CHECKING:
@@ -40,9 +40,6 @@ class Prepared:
     examples: list[Example] = field(default_factory=list)
     held_out: list[Example] = field(default_factory=list)
     ledger: Ledger = field(default_factory=Ledger)
-    texts_bytes: int = 0  # UTF-8 bytes of the trained text of the examples, for bits per byte
-    held_out_bytes: int = 0
-    sha256: str = ""  # of the files' contents
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,7 @@ class _Draft:
 
 
 def prepare(
-    path: Path | str | Sequence[Path | str],
+    source: Source | str | Sequence[Source | str],
     *,
     kind: Kind,
     tokenizer: PreTrainedTokenizerFast,
@@ -66,26 +63,26 @@ def prepare(
     holdout: float = 0.0,
     bad_rows: float = 0.01,
 ) -> Prepared:
-    """Read, recognise, render and tokenise all rows of ``path``.
+    """Read, recognise, render and tokenise all rows of ``source``: paths, or rows in memory.
 
     ``holdout`` is the part of the rows kept out of training, decided by each row's own content: adding rows moves
     none from one side to the other, and identical rows are on the same side.
     Raises DataError where a file is missing, nothing useful is left, or more than ``bad_rows`` (a share) are unusable.
     """
     assert kind == "text" or template is not None, "conversations and pairs need a chat template"
-    paths = [Path(path)] if isinstance(path, (str, Path)) else [Path(p) for p in path]
+    given = [source] if isinstance(source, (str, Path, Listed)) else source
+    sources = [Path(s) if isinstance(s, str) else s for s in given]
     limit = min(max_length or context, context)
     assert limit >= 2, "a sequence needs two tokens: one to predict from and one to predict"
-    done = Prepared(ledger=Ledger(source=", ".join(map(str, paths)), limit=limit))
+    done = Prepared(ledger=Ledger(source=", ".join(map(str, sources)), limit=limit))
     seen: set[bytes] = set()
-    for chunk in _chunks(chain.from_iterable(read_rows(p) for p in paths), CHUNK):
+    for chunk in _chunks(chain.from_iterable(read_rows(s) for s in sources), CHUNK):
         drafts = list(_drafts(chunk, kind, template, train_on, holdout, done.ledger, seen))
         if kind == "text":
             _finish_texts(drafts, tokenizer, limit, done)
         else:
             assert template is not None
             _finish_chats(drafts, template, kind, limit, done)
-    done.sha256 = sha256_of(f for p in paths for f in files_of(p))
     done.ledger.balance()
     done.ledger.check(bad_rows)
     return done
@@ -120,13 +117,18 @@ def _drafts(
         except RowError as error:
             ledger.set_aside.append((row.origin, str(error)))
             continue
-        yield _Draft(row, int.from_bytes(digest[:8], "big") < holdout * 2**64, texts)
+        yield _Draft(row, on_the_held_out_side(digest, holdout), texts)
 
 
 def content_hash(value: dict[str, Any]) -> bytes:
     """A row's identity: the same for the same fields in any order. 16 bytes."""
     canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(canonical.encode("utf-8")).digest()[:16]
+
+
+def on_the_held_out_side(digest: bytes, share: float) -> bool:
+    """Whether a row with this content is among the ``share`` of the rows that is never trained on."""
+    return int.from_bytes(digest[:8], "big") < share * 2**64
 
 
 def _render(
@@ -154,17 +156,30 @@ def _finish_texts(drafts: list[_Draft], tokenizer: PreTrainedTokenizerFast, limi
         return_attention_mask=False,
         return_token_type_ids=False,
         verbose=False,
-    )["input_ids"]
-    for draft, ids in zip(drafts, encoded, strict=True):
-        skipped = 0 if bos is not None or not ids else len(str(tokenizer.decode(ids[:1])).encode("utf-8"))
-        ids = [*([] if bos is None else [bos]), *ids, *([] if eos is None else [eos])]
-        tokens = np.array(ids, np.int32)
+    )
+    for draft, encoding in zip(drafts, encoded.encodings, strict=True):
+        text, before = draft.texts[0].text, 0 if bos is None else 1
+        tokens = np.array([*[bos] * before, *encoding.ids, *([] if eos is None else [eos])], np.int32)
         if len(tokens) < 2:
             done.ledger.set_aside.append((draft.row.origin, "no trained token: the text is a single token"))
             continue
         pieces = [TokenSequence(piece, _all_but_first(len(piece))) for piece in split(tokens, limit)]
         done.ledger.split += len(pieces) > 1 and not draft.held_out
-        _place(draft, [Example((p,), draft.row.origin) for p in pieces], len(tokens), skipped, done)
+        sizes = _piece_bytes(text, encoding, before, len(pieces), limit)
+        examples = [Example((p,), draft.row.origin, n) for p, n in zip(pieces, sizes, strict=True)]
+        _place(draft, examples, len(tokens), done)
+
+
+def _piece_bytes(text: str, encoding: Any, before: int, pieces: int, limit: int) -> list[int]:
+    """UTF-8 bytes that each piece of a text trains; ``before`` tokens stand in front of the text's own."""
+
+    def end_of(place: int) -> int:
+        return encoding.offsets[place - before][1] if place >= before and encoding.ids else 0
+
+    if pieces == 1 and before:
+        return [len(text.encode("utf-8"))]
+    cuts = [*(end_of(n * (limit - 1)) for n in range(pieces)), len(text)]
+    return [len(text[start:stop].encode("utf-8")) for start, stop in pairwise(cuts)]
 
 
 def split(tokens: np.ndarray, limit: int) -> list[np.ndarray]:
@@ -200,21 +215,19 @@ def _finish_chats(drafts: list[_Draft], template: ChatTemplate, kind: Kind, limi
             done.ledger.over_long_at.append((draft.row.origin, longest))
             done.ledger.longest = max(done.ledger.longest, longest)
             continue
-        _place(draft, [Example(tuple(sequences), draft.row.origin)], longest, 0, done)
+        size = 0 if kind == "pair" else sum(r.answer_bytes for r in draft.texts)
+        _place(draft, [Example(tuple(sequences), draft.row.origin, size)], longest, done)
 
 
-def _place(draft: _Draft, examples: list[Example], longest: int, skipped_bytes: int, done: Prepared) -> None:
-    """Enter a finished row on its side. ``skipped_bytes``: those of its first token, where that is not trained."""
+def _place(draft: _Draft, examples: list[Example], longest: int, done: Prepared) -> None:
+    """Enter a finished row on its side."""
     ledger = done.ledger
-    size = sum(r.answer_bytes for r in draft.texts) - skipped_bytes
     ledger.longest = max(ledger.longest, longest)
     if draft.held_out:
         ledger.held_out += 1
         done.held_out += examples
-        done.held_out_bytes += size
         return
     ledger.used += 1
     ledger.tokens += sum(len(s.tokens) for e in examples for s in e.sequences)
     ledger.trained_tokens += sum(e.trained_tokens for e in examples)
     done.examples += examples
-    done.texts_bytes += size

@@ -17,7 +17,8 @@ import hashlib
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, cast
@@ -28,13 +29,33 @@ from trivium.errors import DataError, listed, nearest
 _ENDINGS = ", ".join(READERS) + ", each also with .gz or .zst"
 
 
-def read_rows(path: Path) -> Iterator[Row | BadRow]:
-    """All rows of a file, a folder or a glob, in the order of ``files_of``.
+@dataclass(frozen=True, eq=False)
+class Listed:
+    """Rows in memory, as a file called ``name`` would hold them: the first is at line 1."""
+
+    rows: Sequence[Any]
+    name: str = "rows"
+
+    def __str__(self) -> str:
+        return self.name
+
+
+Source = Path | Listed
+
+
+def read_rows(source: Source) -> Iterator[Row | BadRow]:
+    """All rows of a file, a folder or a glob, in the order of ``files_of``, or those in memory.
 
     Raises DataError where there is no such file or it cannot be opened; whatever is wrong *inside* a file is a
     ``BadRow`` at its line.
     """
-    for file in files_of(path):
+    if isinstance(source, Listed):
+        for number, value in enumerate(source.rows, 1):
+            good = isinstance(value, dict) and all(isinstance(key, str) for key in value)
+            reason = f"a row is a mapping with named fields, not {type(value).__name__}"
+            yield Row(value, source.name, number) if good else BadRow(source.name, number, reason)
+        return
+    for file in files_of(source):
         read = READERS[_ending(file)]
         count = 0
         try:

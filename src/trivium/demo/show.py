@@ -10,7 +10,7 @@ from typing import Any
 
 from trivium.demo import world
 from trivium.files import make_folder, write_json
-from trivium.recipe import parse_recipe
+from trivium.recipe_file import parse_recipe
 from trivium.run import SUMMARY, run_recipe
 from trivium.summary import table
 from trivium.train.log import clock, say

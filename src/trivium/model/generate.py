@@ -1,38 +1,138 @@
-"""Generation, token by token, with the model's own cache."""
+"""Generation, token by token, with the model's own cache: one prompt, or many side by side.
+
+Prompts of different lengths are filled on the left, masked, and counted from their own first token. Whether this
+model then gives the same numbers as for a prompt alone is tried on the most filled row of each batch; where it does
+not, the prompts are answered one by one. A row that has ended leaves the batch.
+
+Shapes:  B prompts in a batch,  L the longest prompt,  V vocabulary.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from trivium.errors import ModelError
 from trivium.model.language_model import LanguageModel
+from trivium.model.proof import TOLERANCE
+
+CACHE_BYTES = 2**29  # what the keys and values of a batch may take, at most
 
 
-@torch.no_grad()
 def generate(
     model: LanguageModel, ids: list[int], most: int, stop_ids: frozenset[int], temperature: float = 0.0, seed: int = 0
 ) -> Iterator[int]:
     """Tokens after ``ids``, until a stop token, ``most`` tokens, or the end of the model's context."""
+    for ((_, token),) in _together(model, [(0, ids)], most, stop_ids, temperature, seed):
+        yield token
+
+
+def generate_many(
+    model: LanguageModel,
+    prompts: list[list[int]],
+    most: int,
+    stop_ids: frozenset[int],
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[list[int]]:
+    """The same for many prompts; ``most`` holds for each, and prompt ``n`` draws with the seed ``seed + n``."""
+    found: list[list[int]] = [[] for _ in prompts]
+    rows = sorted(enumerate(prompts), key=lambda row: len(row[1]))
+    while rows:
+        group, rows = _that_fit(model, rows, most)
+        for step in _together(model, group, most, stop_ids, temperature, seed):
+            for number, token in step:
+                found[number].append(token)
+    return found
+
+
+Row = tuple[int, list[int]]  # a prompt's number and its tokens
+
+
+def _that_fit(model: LanguageModel, rows: list[Row], most: int) -> tuple[list[Row], list[Row]]:
+    """As many of the rows (sorted by length) as the cache may hold, at least one; and the others."""
+    config, count = model.config, 0
+    a_token = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    while count < len(rows) and (count + 1) * (len(rows[count][1]) + most) * a_token <= CACHE_BYTES:
+        count += 1
+    return rows[: max(1, count)], rows[max(1, count) :]
+
+
+@torch.no_grad()
+def _together(
+    model: LanguageModel, rows: list[Row], most: int, stop_ids: frozenset[int], temperature: float, seed: int
+) -> Iterator[list[tuple[int, int]]]:
+    """Step by step, the next token of every row that goes on: (its number, the token)."""
+    for _, ids in rows:
+        _check(model, ids)
+    logits, mask, cache = _read(model, rows)
+    if len(rows) > 1 and not _as_alone(model, rows[0][1], logits[0]):
+        yield from chain.from_iterable(_together(model, [row], most, stop_ids, temperature, seed) for row in rows)
+        return
+    random = {number: torch.Generator().manual_seed(seed + number) for number, _ in rows}
+    left = {number: min(most, model.context - len(ids)) for number, ids in rows}
+    going = [number for number, _ in rows]
+    while True:
+        picked = [_pick(row, temperature, random[n]) for n, row in zip(going, logits.float().cpu(), strict=True)]
+        kept = [at for at, n in enumerate(going) if picked[at] not in stop_ids and left[n] > 0]
+        if not kept:
+            return
+        if len(kept) < len(going):
+            chosen = torch.tensor(kept, device=model.device)
+            cache.batch_select_indices(chosen)
+            mask, going, picked = mask[chosen], [going[at] for at in kept], [picked[at] for at in kept]
+        yield list(zip(going, picked, strict=True))
+        for number in going:
+            left[number] -= 1
+        if not any(left[number] for number in going):
+            return
+        mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
+        following = torch.tensor(picked, device=model.device)[:, None]
+        logits, cache = _forward(model, following, mask, cache)
+
+
+def _check(model: LanguageModel, ids: list[int]) -> None:
     if not ids:
         raise ModelError("nothing to continue: the prompt is empty", "give a prompt")
     if len(ids) >= model.context:
         raise ModelError(
             f"the prompt has {len(ids)} tokens, the model's context is {model.context}", "shorten the prompt"
         )
-    generator = torch.Generator().manual_seed(seed)
-    following, cache = torch.tensor([ids], device=model.device), None
-    for _ in range(min(most, model.context - len(ids))):
-        with model.computing():
-            out = model.hf(input_ids=following, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        cache = out.past_key_values
-        token = _pick(out.logits[0, -1].float().cpu(), temperature, generator)
-        if token in stop_ids:
-            return
-        yield token
-        following = torch.tensor([[token]], device=model.device)
+
+
+def _read(model: LanguageModel, rows: list[Row]) -> tuple[Tensor, Tensor, Any]:
+    """The prompts in one pass: logits behind each ``[B, V]``, which places are theirs ``[B, L]``, the cache."""
+    longest = max(len(ids) for _, ids in rows)
+    tokens = torch.zeros(len(rows), longest, dtype=torch.long)
+    mask = torch.zeros_like(tokens)
+    for at, (_, ids) in enumerate(rows):
+        tokens[at, longest - len(ids) :] = torch.tensor(ids)
+        mask[at, longest - len(ids) :] = 1
+    mask = mask.to(model.device)
+    logits, cache = _forward(model, tokens.to(model.device), mask, None)
+    return logits, mask, cache
+
+
+def _forward(model: LanguageModel, tokens: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Logits behind the last of ``tokens [B, n]``, ``[B, V]``; ``mask`` covers these and all before."""
+    filled = {}
+    if not mask.all():  # a batch without fill is left to the model's own ways
+        position = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
+        filled = {"attention_mask": mask, "position_ids": position}
+    with model.computing():
+        out = model.hf(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **filled)
+    return out.logits[:, -1], out.past_key_values
+
+
+def _as_alone(model: LanguageModel, ids: list[int], logits: Tensor) -> bool:
+    """Whether the shortest prompt, filled the most, got in the batch what it gets alone."""
+    alone, _, _ = _read(model, [(0, ids)])
+    apart = (logits.float().log_softmax(-1) - alone[0].float().log_softmax(-1)).abs()
+    return float(apart.mean()) <= 10 * TOLERANCE[model.dtype].mean
 
 
 def _pick(logits: Tensor, temperature: float, generator: torch.Generator) -> int:

@@ -15,8 +15,10 @@ from trivium.files import clear_errors
 
 if TYPE_CHECKING:
     from trivium.train.loop import StepLog
+    from trivium.train.track import Tracker
 
 PLAIN_EVERY = 10.0  # seconds between plain lines where there is no terminal
+UNSHOWN = ("margin", "logprob_chosen", "logprob_rejected", "bits_per_byte")  # held-out metrics of the file alone
 
 
 def say(text: str) -> None:
@@ -41,15 +43,18 @@ def size(count: float) -> str:
 
 
 class TrainingLog:
-    """Writes every step to ``metrics.jsonl`` and shows where the stage is."""
+    """Keeps every step in ``rows`` and in ``file`` (``metrics.jsonl``), and shows where the stage is."""
 
-    def __init__(self, file: Path, name: str, steps: int, peak: Any) -> None:
-        self.name, self.steps, self.peak = name, steps, peak
+    def __init__(self, file: Path | None, name: str, steps: int, peak: Any, tracker: Tracker | None = None) -> None:
+        self.name, self.steps, self.peak, self.tracker = name, steps, peak, tracker
+        self.rows: list[dict[str, Any]] = []
         self.started = self.shown = time.perf_counter()
         self.paused_for = self.tokens = 0.0
         self.live = sys.stderr.isatty()
-        with clear_errors(file):
-            self.file: TextIO = file.open("w", encoding="utf-8")
+        self.file: TextIO | None = None
+        if file is not None:
+            with clear_errors(file):
+                self.file = file.open("w", encoding="utf-8")
 
     def step(self, log: StepLog) -> None:
         self.tokens += log.tokens
@@ -87,15 +92,22 @@ class TrainingLog:
     def evaluated(self, step: int, metrics: dict[str, float]) -> None:
         """Held-out metrics."""
         self.write({"step": step, **{f"eval_{k}": v for k, v in metrics.items()}})
-        shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k in ("loss", "accuracy"))
+        shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k not in UNSHOWN)
         if self.live:
             sys.stderr.write("\r\x1b[2K")
         say(f"  {self.name}  step {step}/{self.steps}  held-out {shown}")
 
     def write(self, row: dict[str, Any]) -> None:
-        with clear_errors(Path(self.file.name)):
-            self.file.write(json.dumps(row) + "\n")
-            self.file.flush()
+        self.rows.append(row)
+        if self.file is not None:
+            with clear_errors(Path(self.file.name)):
+                self.file.write(json.dumps(row) + "\n")
+                self.file.flush()
+        if self.tracker is not None:
+            self.tracker.row(row)
 
     def close(self) -> None:
-        self.file.close()
+        if self.file is not None:
+            self.file.close()
+        if self.tracker is not None:
+            self.tracker.close()

@@ -1,0 +1,124 @@
+"""What every model of a run is asked, so that they can be laid side by side: prompts to answer, a text to be read.
+
+    exam = Exam(prompts, texts)
+    exam.take(Talker.open(folder))      # {"answers": [...], "bits_per_byte": ...}
+
+Rows that are asked are rows that nothing trains on, where the data has such. Cost: `ANSWER_TOKENS` per prompt, the
+prompts side by side, and one pass over `TEXT_BYTES` of text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from trivium.data.examples import content_hash, on_the_held_out_side, prepare
+from trivium.data.formats import Conversation, Kind, Message, Pair, RowError, parse
+from trivium.data.rows import BadRow, Listed, Source, read_rows
+from trivium.errors import DataError, ModelError
+from trivium.evaluate.held_out import evaluate
+from trivium.forest import lay_out
+from trivium.objectives import objective
+from trivium.talk import Talker
+
+ANSWER_TOKENS = 160
+TEXT_BYTES = 50_000  # of text to be measured on, at most
+PROMPTS = 3  # taken from the data where a recipe names none
+READABLE = 700  # characters: a longer prompt is passed over, if there are shorter ones
+BEGINNING = 60  # characters of a text that a model is asked to continue
+
+
+@dataclass(frozen=True)
+class Exam:
+    """``prompts``: conversations that want an answer, or beginnings of texts to be continued; ``texts`` to be read."""
+
+    prompts: tuple[tuple[Message, ...] | str, ...] = ()
+    texts: tuple[str, ...] = ()
+
+    def take(self, talker: Talker) -> dict[str, Any]:
+        """The answers (None where a prompt does not fit the model), and bits per byte of the texts (None: no text)."""
+        found: list[str | None] = [None] * len(self.prompts)
+        ids = {n: _tokens(talker, prompt) for n, prompt in enumerate(self.prompts)}
+        fitting = {n: i for n, i in ids.items() if i and len(i) < talker.model.context}
+        for n, answer in zip(fitting, talker.answers_to(list(fitting.values()), ANSWER_TOKENS), strict=True):
+            found[n] = answer
+        return {"answers": found, "bits_per_byte": self._bits_per_byte(talker) if self.texts else None}
+
+    def _bits_per_byte(self, talker: Talker) -> float | None:
+        model = talker.model
+        try:
+            read = prepare(
+                Listed([{"text": t} for t in self.texts]), kind="text", tokenizer=model.tokenizer, context=model.context
+            )
+        except DataError:  # no text with a token to predict
+            return None
+        forests = (lay_out([e]).to(model.device) for e in read.examples)
+        with model.laid_out("single"):  # no packing, so nothing to prove
+            found = evaluate(objective({"loss": "next_token"}), model.logprob, lambda _: None, forests)
+        return found.get("bits_per_byte")
+
+    def shown(self) -> list[str]:
+        """The prompts for a person."""
+        return [p if isinstance(p, str) else "\n".join(_said(m, len(p) > 1) for m in p) for p in self.prompts]
+
+
+def _said(message: Message, several: bool) -> str:
+    text = str(message.get("content") or "")
+    return f"{message['role']}: {text}" if several else text
+
+
+def _tokens(talker: Talker, prompt: tuple[Message, ...] | str) -> list[int] | None:
+    if isinstance(prompt, str):
+        return talker.raw_prompt(prompt)
+    try:
+        return talker.prompt(list(prompt))
+    except (RowError, ModelError):  # a template may refuse, say, a system message
+        return None
+
+
+def prompts_from(sources: Sequence[Source], kind: Kind, held_out: float | None) -> tuple[Any, ...]:
+    """A few prompts out of the data: those of held-out rows (share ``held_out``; None: any row)."""
+    found: list[Any] = []
+    for value in islice(_rows(sources, held_out), 50):
+        try:
+            row = parse(value, kind)
+        except RowError:
+            continue
+        if isinstance(row, Pair):
+            found.append(tuple(row.prompt))
+        elif isinstance(row, Conversation):
+            turns = [m["role"] for m in row.messages]
+            if "assistant" in turns:
+                found.append(tuple(row.messages[: turns.index("assistant")]))
+        else:
+            start = row.text[:BEGINNING].rsplit(" ", 1)[0] if len(row.text) > BEGINNING else row.text
+            found.append(start)
+    found = [p for p in found if p]
+    readable = [p for p in found if len(str(p if isinstance(p, str) else p[-1].get("content"))) <= READABLE]
+    return tuple((readable or found)[:PROMPTS])
+
+
+def texts_from(sources: Sequence[Source], held_out: float | None) -> tuple[str, ...]:
+    """Texts of the data's rows up to ``TEXT_BYTES``: held-out rows (share ``held_out``; None: any row)."""
+    found: list[str] = []
+    room = TEXT_BYTES
+    for value in _rows(sources, held_out):
+        text = value.get("text")
+        if isinstance(text, str) and text.strip():
+            found.append(text[:room])
+            room -= len(text.encode("utf-8"))
+        if room <= 0:
+            break
+    return tuple(found)
+
+
+def _rows(sources: Sequence[Source], held_out: float | None) -> Iterator[dict[str, Any]]:
+    for source in sources:
+        for row in read_rows(Path(source) if isinstance(source, str) else source):
+            if not isinstance(row, BadRow) and (
+                held_out is None or on_the_held_out_side(content_hash(row.value), held_out)
+            ):
+                yield row.value

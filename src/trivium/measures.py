@@ -1,0 +1,117 @@
+"""What the models of a run are measured by after each stage, beyond their own training: ``measures.json``.
+
+Every model, the given one included, takes the same `Exam`; so the report can lay their answers side by side and show
+what a stage made the model forget. A model that was measured so before is not measured again.
+"""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trivium.errors import ModelError
+from trivium.files import read_json, sha256_json, write_json
+from trivium.recipe import Recipe, Stage
+from trivium.stages import STAGES
+from trivium.start import Link, overrides
+from trivium.train.log import clock, say
+
+if TYPE_CHECKING:
+    from trivium.evaluate.exam import Exam
+    from trivium.evaluate.judge import Judge
+
+MEASURES = "measures.json"
+START = "model"  # the name of the given model among the stages; no stage may have it
+
+
+class Measures:
+    """The measures of a run's models, by stage; ``judge`` is a program of one's own that looks at answers."""
+
+    def __init__(self, out: Path, recipe: Recipe, stages: list[Stage], judge: Judge | None = None) -> None:
+        self.file, self.judge = out / MEASURES, judge
+        self.exam = exam_of(recipe, stages)
+        asked = {"prompts": self.exam.shown(), "texts": len(self.exam.texts)}
+        self.key = sha256_json([self.exam.prompts, self.exam.texts])
+        known = _read(self.file)
+        self.found: dict[str, Any] = {"key": self.key, **asked, "models": {}}
+        self.known = known.get("models", {}) if known.get("key") == self.key else {}
+
+    def of_start(self, recipe: Recipe, start: Link, stage: Stage) -> None:
+        """Measure the given model that the run starts from; a new one knows nothing yet."""
+        if start.source != "new":
+            say(f"{START}: {start.source}")
+            self._take(START, start.identity, start.source, stage, overrides(recipe, start))
+
+    def of_stage(self, stage: Stage, folder: Path, identity: str) -> None:
+        """Measure what a stage has saved."""
+        self._take(stage.name, identity, str(folder), stage, {})
+
+    def around(self, stage: Stage) -> dict[str, Any]:
+        """For the summary: bits per byte of the run's text before and after a stage, and the verdicts."""
+        before, after = (self.found["models"].get(n, {}) for n in (stage.from_ or START, stage.name))
+        bits = {"before": before.get("bits_per_byte"), "after": after.get("bits_per_byte")}
+        found: dict[str, Any] = {"text_bits_per_byte": bits} if bits["after"] is not None else {}
+        return found | ({"judged": after["judged"]} if "judged" in after else {})
+
+    def _take(self, name: str, identity: str, source: str, stage: Stage, changes: dict[str, Any]) -> None:
+        """Measure one model, unless that was done before."""
+        if not (self.exam.prompts or self.exam.texts or self.judge):
+            return
+        found = self.known.get(name)
+        if found is None or found.get("identity") != identity or self.judge is not None:
+            found = self._measured(identity, source, stage, changes)
+        self.found["models"][name] = found
+        if found != self.known.get(name):
+            write_json(self.file, self.found)
+
+    def _measured(self, identity: str, source: str, stage: Stage, changes: dict[str, Any]) -> dict[str, Any]:
+        from trivium.evaluate.judge import judged
+        from trivium.talk import Talker
+
+        started = time.perf_counter()
+        talker = Talker.open(source, stage.device, stage.dtype, changes)
+        found: dict[str, Any] = {"identity": identity, **self.exam.take(talker)}
+        if self.judge is not None:
+            found["judged"] = judged(self.judge(talker, None))
+        found["seconds"] = time.perf_counter() - started
+        told = [f"{found['bits_per_byte']:.4f} bits per byte of the run's text"] if found["bits_per_byte"] else []
+        told += [f"{len(self.exam.prompts)} prompts answered"] if self.exam.prompts else []
+        say(f"  measured: {', '.join([*told, clock(found['seconds'])])}")
+        return found
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """What an earlier run wrote; nothing, where that cannot be read: it is measured again."""
+    try:
+        found = read_json(file) if file.is_file() else {}
+    except ModelError:
+        return {}
+    return found if isinstance(found, dict) and isinstance(found.get("models"), dict) else {}
+
+
+def exam_of(recipe: Recipe, stages: list[Stage]) -> Exam:
+    """The recipe's own prompts and text, or else held-out rows of its first SFT and its first pretraining stage."""
+    from trivium.data.hub import local
+    from trivium.evaluate.exam import Exam, prompts_from, texts_from
+
+    def rows(stage: Stage) -> tuple[list[Path], float | None]:
+        """Where a stage's held-out rows lie, and their share of these rows."""
+        if isinstance(stage.eval_data, str):
+            return [local(stage.eval_data)], None
+        paths = [stage.data] if isinstance(stage.data, str) else stage.data
+        return [local(p) for p in paths], stage.eval_data or None
+
+    prompts: tuple[Any, ...] = ()
+    if recipe.prompts is not None:
+        prompts = tuple(({"role": "user", "content": p},) for p in recipe.prompts)
+    else:
+        ranked = sorted(stages, key=lambda s: ("conversation", "pair", "text").index(STAGES[s.stage].rows))
+        prompts = prompts_from(rows(ranked[0])[0], STAGES[ranked[0].stage].rows, rows(ranked[0])[1])
+    texts: tuple[str, ...] = ()
+    reads = [s for s in stages if STAGES[s.stage].rows == "text"]
+    if recipe.eval_text is not None:
+        texts = texts_from([local(recipe.eval_text)], None)
+    elif reads:
+        texts = texts_from(*rows(reads[0]))
+    return Exam(prompts, texts)

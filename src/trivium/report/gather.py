@@ -1,0 +1,106 @@
+"""What a report shows of a run, read from its folder: the summary, each stage's record and curve, the measures."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from trivium.errors import ModelError
+from trivium.files import read_json
+from trivium.folder import record_of
+from trivium.measures import MEASURES, START
+from trivium.summary import SHOWN, SUMMARY
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class StageView:
+    """One stage. ``curve`` are the rows of ``metrics.jsonl``; ``measured`` what its model answered, and the like."""
+
+    run: str
+    name: str
+    record: Json
+    curve: list[Json]
+    measured: Json
+    came_from: str | None
+
+    @property
+    def title(self) -> str:
+        return f"{self.record['stage']}, {self.record['method']}"
+
+    def points(self, key: str) -> list[tuple[float, float]]:
+        """``(step, value)`` of every row of the curve that has ``key``."""
+        return [(row["step"], row[key]) for row in self.curve if isinstance(row.get(key), (int, float))]
+
+    def judged_keys(self) -> list[str]:
+        """What a judge of one's own has added to the evaluations."""
+        return list(self.measured.get("judged", {}))
+
+
+@dataclass(frozen=True)
+class RunView:
+    """A run: its stages in order, the prompts all its models answered, and the given model's measures, if any."""
+
+    folder: Path
+    name: str
+    seed: int
+    stages: list[StageView]
+    prompts: list[str]
+    start: Json = field(default_factory=dict)
+
+    def before(self, stage: StageView) -> Json:
+        """The measures of the model that a stage started from."""
+        of = {s.name: s.measured for s in self.stages}
+        return of.get(stage.came_from, {}) if stage.came_from else self.start
+
+
+def run_view(folder: Path) -> RunView:
+    """Read a run's folder. Raises ModelError where it is none, or is damaged."""
+    if not (folder / SUMMARY).is_file():
+        have = "it has no summary.json" if folder.is_dir() else "there is no such folder"
+        raise ModelError(f"{folder}: not a run of trivium, {have}", "give the folder that `trivium run` wrote into")
+    summary = read_json(folder / SUMMARY)
+    try:
+        models = _mapping(read_json(folder / MEASURES)) if (folder / MEASURES).is_file() else {}
+        measured = _mapping(models.get("models", {}))
+        stages = [_stage_view(folder, str(summary["name"]), _mapping(s), measured) for s in summary["stages"]]
+        return RunView(
+            folder, str(summary["name"]), int(summary["seed"]), stages,
+            [str(p) for p in models.get("prompts", [])], _mapping(measured.get(START, {})),
+        )  # fmt: skip
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        what = f"{folder / SUMMARY}: not a summary of trivium ({type(error).__name__}: {str(error)[:80]})"
+        raise ModelError(what, "run the recipe again: finished stages are kept") from None
+
+
+def _stage_view(folder: Path, run: str, stage: Json, measured: Json) -> StageView:
+    name = str(stage["name"])
+    path = folder / name
+    if path.resolve().parent != folder.resolve():
+        raise ValueError(f"{name!r} is no stage's name")
+    record = record_of(path)
+    if record is None or any(key not in record for key in (*SHOWN, "settings", "rows", "versions", "data")):
+        raise ModelError(f"{path}: not a finished stage", "run the recipe again: finished stages are kept")
+    return StageView(run, name, record, _curve(path / "metrics.jsonl"), _mapping(measured.get(name, {})), stage["from"])
+
+
+def _curve(path: Path) -> list[Json]:
+    """The rows of a stage's curve; a line that cannot be read is left out, as it is only drawn."""
+    rows: list[Json] = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError):
+            continue
+        if isinstance(row, dict) and isinstance(row.get("step"), int):
+            rows.append(row)
+    return rows
+
+
+def _mapping(value: Any) -> Json:
+    if not isinstance(value, dict):
+        raise TypeError("a mapping was expected")
+    return value
