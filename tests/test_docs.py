@@ -15,10 +15,10 @@ import pytest
 import yaml
 from typer.main import get_command
 
+from trivium.chain import run_recipe
 from trivium.cli.main import app
 from trivium.demo import world
 from trivium.recipe_file import parse_recipe
-from trivium.run import run_recipe
 
 ROOT = Path(__file__).parents[1]
 TINY = {"architecture": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 400}

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trivium.errors import DataError, RecipeError
 from trivium.files import clear_errors, sha256_json, whole_folder, write_json
 from trivium.recipe import Recipe, Stage
 from trivium.train.log import clock, say
+
+if TYPE_CHECKING:
+    from trivium.data.rows import Source
+    from trivium.folder import Opened
+    from trivium.model.language_model import LanguageModel
 
 
 @dataclass(frozen=True)
@@ -24,7 +30,7 @@ class Link:
 
 def start_of(recipe: Recipe, stage: Stage, out: Path) -> Link:
     """The model of the recipe; a new one is only described here, and made by the first stage."""
-    from trivium.folder import identity_of, record_of
+    from trivium.folder import identity_of
 
     model = recipe.model
     if isinstance(model, dict) and "architecture" in model:
@@ -37,12 +43,19 @@ def start_of(recipe: Recipe, stage: Stage, out: Path) -> Link:
         identity = sha256_json({"model": {k: v for k, v in model.items() if k != "tokenizer"}, "seed": recipe.seed,
                                 "tokenizer": identity_of(str(out / "tokenizer"))})  # fmt: skip
         return Link("new", identity, [{"name": "new", "stage": "random weights", "method": None, "identity": identity}])
-    source = model if isinstance(model, str) else str(model["path"])
+    link = link_of(model if isinstance(model, str) else str(model["path"]))
+    changes = {k: v for k, v in model.items() if k != "path"} if isinstance(model, dict) else {}
+    return Link(link.source, sha256_json([link.identity, changes]), link.lineage) if changes else link
+
+
+def link_of(source: str) -> Link:
+    """A given model's place in a chain: its own lineage, where it was made here."""
+    from trivium.folder import identity_of, record_of
+
     found = record_of(Path(source)) if Path(source).is_dir() else None
     identity = identity_of(source)
     lineage = found["lineage"] if found else [{"name": source, "stage": "given", "method": None, "identity": identity}]
-    changes = {k: v for k, v in model.items() if k != "path"} if isinstance(model, dict) else {}
-    return Link(source, sha256_json([identity, changes]) if changes else identity, lineage)
+    return Link(source, identity, lineage)
 
 
 def given_method(recipe: Recipe) -> dict[str, Any] | None:
@@ -103,44 +116,57 @@ def _tokenizer(recipe: Recipe, stage: Stage, out: Path) -> None:
     if given:
         tokenizer = load_tokenizer(Path(given))
     else:
-        from trivium.data.tokenizer import train_tokenizer
-
-        started = time.perf_counter()
         paths = [stage.data] if isinstance(stage.data, str) else stage.data
-        tokenizer = train_tokenizer(_texts([local(p) for p in paths]), size_asked)
-        say(f"  tokenizer: {len(tokenizer):,} tokens, trained in {clock(time.perf_counter() - started)}")
+        tokenizer = tokenizer_from([local(p) for p in paths], size_asked)
     with whole_folder(final) as partial, clear_errors(final):
         tokenizer.save_pretrained(partial)
         made = {"trivium": 1, "identity": identity, "made_from": made_from, "lineage": []}
         write_json(partial / "trivium.json", made)
 
 
-def _texts(paths: list[Path]) -> Any:
+def tokenizer_from(sources: Sequence[Source], vocab_size: int) -> Any:
+    """A tokenizer trained on the text of some rows."""
+    from trivium.data.tokenizer import train_tokenizer
+
+    started = time.perf_counter()
+    tokenizer = train_tokenizer(_texts(sources), vocab_size)
+    say(f"  tokenizer: {len(tokenizer):,} tokens, trained in {clock(time.perf_counter() - started)}")
+    return tokenizer
+
+
+def _texts(sources: Sequence[Source]) -> Iterator[str]:
     from trivium.data.rows import BadRow, read_rows
 
-    for path in paths:
-        for row in read_rows(path):
+    for source in sources:
+        for row in read_rows(source):
             if not isinstance(row, BadRow) and isinstance(row.value.get("text"), str):
                 yield row.value["text"]
 
 
-def new_start(recipe: Recipe, out: Path, dtype: str, device: str) -> Any:
-    import torch
-
+def new_start(recipe: Recipe, out: Path, dtype: str, device: str) -> Opened:
+    """The recipe's new model, with the run's tokenizer."""
     from trivium.folder import Opened, load_tokenizer
-    from trivium.model.load import quiet, wrap
-    from trivium.model.new import new_config, new_model
     from trivium.peft.settings import FullSettings
 
     assert isinstance(recipe.model, dict)
-    tokenizer = load_tokenizer(out / "tokenizer")
     sizes = {k: v for k, v in recipe.model.items() if k != "tokenizer"}
+    return Opened(
+        fresh_model(sizes, load_tokenizer(out / "tokenizer"), recipe.seed, dtype, device), FullSettings(), None
+    )
+
+
+def fresh_model(sizes: dict[str, Any], tokenizer: Any, seed: int, dtype: str, device: str) -> LanguageModel:
+    """A model of random weights that are held in float32. Raises RecipeError where the sizes do not fit together."""
+    import torch
+
+    from trivium.model.load import quiet, wrap
+    from trivium.model.new import new_config, new_model
+
     with quiet():
-        config = new_config(sizes, tokenizer)
-        hf = new_model(config, recipe.seed)
+        hf = new_model(new_config(sizes, tokenizer), seed)
     model = wrap(hf.to(device).eval(), tokenizer, dtype, torch.float32)
     say(f"  new {sizes['architecture']}: {model.parameters():,} parameters, vocabulary {len(tokenizer):,}")
-    return Opened(model, FullSettings(), None)
+    return model
 
 
 def data_hashes(stage: Stage) -> dict[str, Any]:

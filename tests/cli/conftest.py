@@ -154,8 +154,8 @@ def walk(tmp_path_factory: pytest.TempPathFactory) -> Walk:
     import contextlib
     import io
 
+    from trivium.chain import run_recipe
     from trivium.recipe_file import read_recipe
-    from trivium.run import run_recipe
 
     here = write_data(tmp_path_factory.mktemp("walk"))
     recipe = here / "recipe.yaml"

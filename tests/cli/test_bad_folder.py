@@ -148,8 +148,8 @@ def test_code_in_the_folder_of_a_known_model_is_not_run(walk, tmp_path, trivium)
 
 @pytest.mark.parametrize("kind", ["chat", "tutor"])
 def test_an_adapter_for_another_base(kind, walk, tmp_path, refused, write_recipe, data):
+    from trivium.chain import run_recipe
     from trivium.recipe_file import read_recipe
-    from trivium.run import run_recipe
 
     sizes = {"architecture": "llama", "hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
     stage = {"name": "other", "stage": "pretrain", "data": str(data / "text.jsonl"), "max_steps": 1, "batch_size": 2}

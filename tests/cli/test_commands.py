@@ -228,7 +228,12 @@ def test_an_interruption_keeps_finished_stages(number, walk, data, tmp_path):
     assert process.wait(timeout=30) == 75
     assert said.endswith("error: interrupted; finished stages are kept\n  run the same command again to go on\n")
     assert "Traceback" not in said
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["measures.json", "one", "report.html", "summary.json"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == [
+        "measures.json",
+        "one",
+        "report.html",
+        "summary.json",
+    ]
     summary = json.loads((tmp_path / "out" / "summary.json").read_text(encoding="utf-8"))
     assert [s["name"] for s in summary["stages"]] == ["one"]
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from trivium.chain import run_recipe
 from trivium.recipe_file import read_recipe
-from trivium.run import run_recipe
 
 SHORT = {"max_steps": 1, "batch_size": 2, "eval_data": 0}
 STAGES = [

@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from trivium.chain import run_recipe
 from trivium.folder import open_folder
 from trivium.recipe_file import read_recipe
-from trivium.run import run_recipe
 
 PROBE = torch.tensor([[1, 70, 80, 90, 100, 75, 85]])
 SHORT = {"max_steps": 1, "batch_size": 2, "eval_data": 0, "learning_rate": 1e-2}

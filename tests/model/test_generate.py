@@ -11,7 +11,8 @@ from transformers import AutoConfig, GenerationConfig
 
 from trivium.errors import ModelError
 from trivium.forest import Example, TokenSequence, lay_out
-from trivium.model.generate import generate
+from trivium.model import generate as generation
+from trivium.model.generate import generate, generate_many
 from trivium.model.language_model import LanguageModel
 from trivium.model.load import load_base, wrap
 from trivium.model.new import new_model
@@ -197,3 +198,77 @@ def test_a_character_that_never_ends_is_not_shown():
 def test_a_documents_prompt_begins_as_documents_do(stories):
     assert Talker(spoken(b""), None, NO_STOP).raw_prompt("hé") == [104, 195, 169]
     assert Talker(stories, None, NO_STOP).raw_prompt("The")[0] == stories.tokenizer.bos_token_id
+
+
+# --- many side by side
+
+LENGTHS = (8, 3, 12, 1, 6, 8, 20)
+
+
+def prompts(vocabulary: int = 64) -> list[list[int]]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randint(3, vocabulary, (n,), generator=generator).tolist() for n in LENGTHS]
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.8])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_many_prompts_get_what_each_gets_alone(name, temperature):
+    model = tiny(name)
+    stop = frozenset({5, 11, 29})  # so that rows end at different times, and leave
+    alone = [list(generate(model, ids, 25, stop, temperature, 7 + n)) for n, ids in enumerate(prompts())]
+    assert generate_many(model, prompts(), 25, stop, temperature, 7) == alone
+    assert len({len(found) for found in alone}) > 1, "rows of one length show little"
+
+
+@pytest.mark.parametrize("name", ["gemma3_text", "llama"])
+def test_filled_prompts_are_answered_together(name, monkeypatch):
+    """What is fast is used: one pass a token for all rows, fewer of them as rows end."""
+    model, sizes = tiny(name), []
+    forward = generation._forward
+
+    def counted(model, tokens, mask, cache):
+        sizes.append(tuple(tokens.shape))
+        return forward(model, tokens, mask, cache)
+
+    monkeypatch.setattr(generation, "_forward", counted)
+    found = generate_many(model, prompts(), 25, frozenset({5, 11, 29}))
+    assert sizes[0] == (len(LENGTHS), max(LENGTHS))
+    assert len(sizes) <= 2 + max(map(len, found))
+    assert sizes[-1][0] < len(LENGTHS)
+
+
+def test_a_model_that_reads_the_fill_is_asked_row_by_row(monkeypatch):
+    model = tiny("llama")
+    alone = [list(generate(model, ids, 10, NO_STOP)) for ids in prompts()]
+    forward = model.hf.forward
+    monkeypatch.setattr(model.hf, "forward", lambda attention_mask=None, position_ids=None, **more: forward(**more))
+    assert generate_many(model, prompts(), 10, NO_STOP) == alone
+
+
+def test_rows_stay_where_a_cache_cannot_shrink(monkeypatch):
+    model, stop = tiny("llama"), frozenset({5, 11, 29})
+    expected = generate_many(model, prompts(), 25, stop)
+    monkeypatch.setattr(generation, "_can_shrink", lambda cache: False)
+    assert generate_many(model, prompts(), 25, stop) == expected
+
+
+def test_batches_are_as_large_as_the_cache_may_be(monkeypatch):
+    model = tiny("llama")
+    expected = generate_many(model, prompts(), 10, NO_STOP)
+    a_token = 2 * 2 * 32 * 4
+    monkeypatch.setattr(generation, "CACHE_BYTES", 30 * a_token)
+    groups, rows = [], sorted(enumerate(prompts()), key=lambda row: len(row[1]))
+    while rows:
+        group, rows = generation._that_fit(model, rows, 10)
+        groups.append([len(ids) for _, ids in group])
+    assert groups == [[1, 3], [6], [8], [8], [12], [20]]
+    assert generate_many(model, prompts(), 10, NO_STOP) == expected
+
+
+def test_many_and_the_edges():
+    model = tiny("llama", context=20)
+    assert generate_many(model, [], 5, NO_STOP) == []
+    assert generate_many(model, prompts()[:3], 0, NO_STOP) == [[], [], []]
+    assert [len(found) for found in generate_many(model, prompts()[:3], 1000, NO_STOP)] == [12, 17, 8]
+    with pytest.raises(ModelError, match="prompt is empty"):
+        generate_many(model, [[3], []], 5, NO_STOP)

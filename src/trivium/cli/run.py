@@ -1,4 +1,4 @@
-"""``trivium run`` and ``trivium demo``."""
+"""``trivium run``, ``trivium demo`` and ``trivium report``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import typer
 def add_to(app: typer.Typer) -> None:
     app.command("run")(run)
     app.command("demo")(demo)
+    app.command("report")(report)
 
 
 def run(
@@ -25,13 +26,13 @@ def run(
     from trivium.recipe_file import read_recipe
 
     read = read_recipe(recipe, set_)
-    from trivium.run import run_recipe  # after the recipe is read: this one takes a second
+    from trivium.chain import run_recipe  # after the recipe is read: this one takes a second
     from trivium.summary import table
 
     folder = out or Path("runs") / read.name
     summary = run_recipe(read, folder, until)
     print(table(summary))
-    print(f"\n{folder / 'summary.json'}")
+    print(f"\n{folder / 'summary.json'}\n{folder / 'report.html'}")
 
 
 def demo(
@@ -42,3 +43,15 @@ def demo(
     from trivium.demo.show import run_demo
 
     run_demo(out, seed)
+
+
+def report(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs, as `trivium run` wrote them.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The page; left out: report.html in the run, or here for several.")
+    ] = None,
+) -> None:
+    """Make a run's report.html again, or one page that compares several runs."""
+    from trivium.report.write import REPORT, write_report
+
+    print(write_report(runs, out or (runs[0] / REPORT if len(runs) == 1 else Path(REPORT))))

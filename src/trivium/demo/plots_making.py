@@ -5,6 +5,7 @@ from __future__ import annotations
 from trivium.demo.words import Plot
 
 BAKE = Plot(
+    spare=(2, 3),
     steps=(
         (
             "Everyone in town was there to bake, and the best cook would get a {color} {toy}.",
@@ -54,6 +55,7 @@ BAKE = Plot(
 )
 
 BROKEN = Plot(
+    spare=(3,),
     steps=(
         (
             "{His} best toy was a {color} {toy} that {family} had made.",
@@ -103,6 +105,7 @@ BROKEN = Plot(
 )
 
 HUNT = Plot(
+    spare=(1, 3),
     steps=(
         (
             "In an old book {he} found a map. It showed a {color} {toy} with a star on it.",
@@ -152,6 +155,7 @@ HUNT = Plot(
 )
 
 RESCUE = Plot(
+    spare=(1, 3),
     steps=(
         (
             "{He} was on the way with a {color} {toy} in {his} arms.",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from trivium.demo.words import Plot
 
 LOST = Plot(
+    spare=(2,),
     steps=(
         (
             "{He} had a {color} {toy} and took it along wherever {he} went.",
@@ -44,6 +45,7 @@ LOST = Plot(
 )
 
 RACE = Plot(
+    spare=(1, 3),
     steps=(
         (
             "That day there was a big race, and the prize was a {color} {toy}.",
@@ -89,6 +91,7 @@ RACE = Plot(
 )
 
 STORM = Plot(
+    spare=(1, 3),
     steps=(
         (
             "{He} sat on the ground with a {color} {toy}.",
@@ -138,6 +141,7 @@ STORM = Plot(
 )
 
 FRIEND = Plot(
+    spare=(2, 3),
     steps=(
         (
             "{He} had no one to play with, only a {color} {toy}.",

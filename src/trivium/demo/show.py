@@ -1,4 +1,4 @@
-"""``trivium demo``: the three steps on the story world, and what each step made of the same requests."""
+"""``trivium demo``: the three steps on the story world, SFT three ways, each model's answers judged by program."""
 
 from __future__ import annotations
 
@@ -6,59 +6,70 @@ import json
 import time
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from trivium.chain import run_recipe
 from trivium.demo import world
 from trivium.files import make_folder, write_json
 from trivium.recipe_file import parse_recipe
-from trivium.run import SUMMARY, run_recipe
-from trivium.summary import table
-from trivium.train.log import clock, say
+from trivium.report.write import REPORT
+from trivium.summary import SUMMARY, aligned, table
+from trivium.train.log import clock
 
-REQUESTS = 30  # held-out requests that every model answers
-MOST_TOKENS = 160
+if TYPE_CHECKING:
+    from trivium.evaluate.judge import Judge, Verdict
+    from trivium.talk import Talker
+
+MOST_TOKENS = 160  # of an answer
+MET = "requests met"
+ATTRIBUTES = ("name", "place", "toy", "end", "answer", "finished", "unrepeated")
 
 
 def run_demo(out: Path, seed: int) -> dict[str, Any]:
-    """Write the world, carry out the recipe, answer held-out requests after each stage; returns the summary."""
+    """Write the world, carry out the recipe, judge every model's answers by program; returns the summary."""
     started = time.perf_counter()
     data = make_folder(out / "data")
     world.write(data, seed)
     text = resources.files("trivium.demo").joinpath("recipe.yaml").read_text(encoding="utf-8")
     recipe = parse_recipe(text, out / "recipe.yaml", [f"seed={seed}"])
-    summary = run_recipe(recipe, out)
-    requests = [json.loads(line) for line in (data / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
-    say(f"each model answers {REQUESTS} held-out requests")
-    answers = {s.name: _answers(out / s.name, requests[:REQUESTS]) for s in recipe.stages}
-    met = {name: _met(requests, found) for name, found in answers.items()}
-    summary["requests_met"] = met
+    rows = [json.loads(line) for line in (data / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
+    summary = run_recipe(recipe, out, judge=judge_of(rows))
+    judged = {stage["name"]: stage["judged"] for stage in summary["stages"]}
+    summary["requests_met"] = {name: found[MET]["share"] for name, found in judged.items()}
     write_json(out / SUMMARY, summary)
     print(table(summary))
-    for number in range(2):
-        print(f"\nrequest: {requests[number]['messages'][-2]['content']}")
-        for name, found in answers.items():
-            print(f"  {name + ':':<9} {_shortened(found[number])}")
-    print("\nheld-out requests met in all: " + ", ".join(f"{n} {share:.0%}" for n, share in met.items()))
-    print(f"{clock(time.perf_counter() - started)} in all; {out / SUMMARY}\n\ntry next:")
-    print(f"  trivium chat {out / 'aligned'}\n  trivium inspect {out / 'aligned'}")
-    print("  trivium run recipes/smollm2.yaml    # the same two steps on a real model")
+    print(f"\n{len(rows)} held-out requests, answered by each model and judged by program:\n")
+    print(met_table(judged))
+    print(f"\n{clock(time.perf_counter() - started)} in all\nreport: {out / REPORT}\n\ntry next:")
+    print(f"  trivium chat {out / 'preference'}    # Tell a story about Mia and a kite at the park with a happy end.")
+    print("  trivium run recipes/tinystories.yaml --set stages.base.data=my_text.jsonl    # the same on your own data")
+    print("  trivium run recipes/smollm2.yaml    # the last two steps on a real model")
     return summary
 
 
-def _answers(folder: Path, requests: list[dict[str, Any]]) -> list[str]:
-    """Greedy answers to the last turn of each request."""
-    from trivium.talk import Talker
+def judge_of(requests: list[dict[str, Any]]) -> Judge:
+    """A judge that counts which requests, and which attributes of them, a model's likeliest answers keep."""
 
-    talker = Talker.open(str(folder), device="cpu")
-    return ["".join(talker.stream(talker.prompt(r["messages"][:-1]), MOST_TOKENS)) for r in requests]
+    def judge(talker: Talker, most: int | None) -> dict[str, Verdict]:
+        rows = requests[:most]
+        answers = talker.answers([row["messages"][:-1] for row in rows], MOST_TOKENS)
+        verdicts = [world.check(row["request"], answer) for row, answer in zip(rows, answers, strict=True)]
+        found: dict[str, Verdict] = {MET: (sum(all(v.values()) for v in verdicts), len(verdicts))}
+        for name in ATTRIBUTES:
+            asked = [v[name] for v in verdicts if name in v]
+            if asked:
+                found[name] = (sum(asked), len(asked))
+        return found
+
+    return judge
 
 
-def _met(requests: list[dict[str, Any]], answers: list[str]) -> float:
-    """Share of answers in which every attribute of the request is met, judged by program."""
-    pairs = zip(requests, answers, strict=False)
-    return sum(all(world.check(r["request"], a).values()) for r, a in pairs) / len(answers)
-
-
-def _shortened(text: str, most: int = 300) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= most else text[:most].rsplit(" ", 1)[0] + " ..."
+def met_table(judged: dict[str, dict[str, Any]]) -> str:
+    """A row per model: the share met in all with its 95% interval, then attribute by attribute."""
+    names = [name for name in ATTRIBUTES if any(name in found for found in judged.values())]
+    rows = [["model", "met in all", "95% interval", *names]]
+    for model, found in judged.items():
+        met = found[MET]
+        shares = [f"{found[name]['share']:.0%}" if name in found else "-" for name in names]
+        rows.append([model, f"{met['share']:.1%}", f"{met['low']:.0%} to {met['high']:.0%}", *shares])
+    return aligned(rows, left=1)

@@ -12,11 +12,12 @@ Step = tuple[str, ...]  # the sentences that one step of a story chooses from
 
 
 class Plot(NamedTuple):
-    """The steps of a story up to its turn, and the turn to either end."""
+    """The steps of a story up to its turn, and the turn to either end. ``spare``: steps that a story may leave out."""
 
     steps: tuple[Step, ...]
     happy: tuple[Step, ...]
     sad: tuple[Step, ...]
+    spare: tuple[int, ...]
 
 
 GIRLS = ("Mia", "Anna", "Lily", "Rosa", "Nora", "Emma", "Zoe", "Ella")

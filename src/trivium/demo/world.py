@@ -27,10 +27,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trivium import files
-from trivium.demo.plots import ENDINGS, OPENINGS, PLOTS
+from trivium.demo.plots import ANNOUNCEMENTS, ENDINGS, OPENINGS, PLOTS
 from trivium.demo.words import ENDS, GIRLS, HAPPY, NAMES, PLACES, PRONOUNS, SAD, SLOTS, TOYS
 
-WORDS = (60, 110)  # the fewest and the most words of a story, its title not counted
+WORDS = (40, 90)  # the fewest and the most words of a story, its title not counted
+TITLED = 0.8  # of the stories that pretrain
+WITH_TOY = 0.5  # of titles and requests
+SPARE = 0.2  # how often a story has a step that it could do without
 HELD_OUT = 8  # one in so many (name, place, end) is held out
 
 Request = dict[str, str]
@@ -80,7 +83,7 @@ def stories(n: int, seed: int, *, held_out: bool = False) -> Iterator[Row]:
     for _ in range(n):
         wish = _wish(rng, held_out)
         text = _tell(wish, rng)
-        if rng.random() < 0.5:
+        if rng.random() < TITLED:
             text = _fill("Title: {who} {at}, a {end} end\n", _asked(wish, rng)) + text
         yield {"text": text}
 
@@ -190,7 +193,9 @@ def _tell(wish: Request, rng: random.Random) -> str:
     while True:
         plot = PLOTS[_pick(rng, tuple(PLOTS))]
         turn = plot.happy if wish["end"] == "happy" else plot.sad
-        steps = (OPENINGS, *plot.steps, *turn, *ENDINGS[wish["end"]])
+        told = [step for n, step in enumerate(plot.steps) if n not in plot.spare or rng.random() < SPARE]
+        opening = [OPENINGS] if rng.random() < SPARE else []
+        steps = (ANNOUNCEMENTS, *opening, *told, *turn, *ENDINGS[wish["end"]])
         cast = {k: _pick(rng, SLOTS[k]) for k in ("color", "animal", "weather", "time", "family", "hidden", "food")}
         cast |= {**wish, **PRONOUNS[wish["name"] in GIRLS], "at": _at(wish)}
         sentences = []
@@ -248,8 +253,8 @@ def _request(task: str, wish: Request) -> Request:
 
 
 def _asked(wish: Request, rng: random.Random) -> Request:
-    """The wish in the words of a request: one in three names the toy."""
-    who = f"{wish['name']} and a {wish['toy']}" if rng.random() < 1 / 3 else wish["name"]
+    """The wish in the words of a request, which may name the toy."""
+    who = f"{wish['name']} and a {wish['toy']}" if rng.random() < WITH_TOY else wish["name"]
     return {**wish, "who": who, "at": _at(wish)}
 
 

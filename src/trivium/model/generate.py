@@ -2,7 +2,7 @@
 
 Prompts of different lengths are filled on the left, masked, and counted from their own first token. Whether this
 model then gives the same numbers as for a prompt alone is tried on the most filled row of each batch; where it does
-not, the prompts are answered one by one. A row that has ended leaves the batch.
+not, the prompts are answered one by one. Rows that have ended leave the batch.
 
 Shapes:  B prompts in a batch,  L the longest prompt,  V vocabulary.
 """
@@ -21,6 +21,7 @@ from trivium.model.language_model import LanguageModel
 from trivium.model.proof import TOLERANCE
 
 CACHE_BYTES = 2**29  # what the keys and values of a batch may take, at most
+KEEP = 0.75  # rows that have ended leave the batch when no more than this share of it goes on
 
 
 def generate(
@@ -75,24 +76,33 @@ def _together(
         return
     random = {number: torch.Generator().manual_seed(seed + number) for number, _ in rows}
     left = {number: min(most, model.context - len(ids)) for number, ids in rows}
-    going = [number for number, _ in rows]
+    batch = [number for number, _ in rows]
+    picked = dict.fromkeys(batch, 0)
     while True:
-        picked = [_pick(row, temperature, random[n]) for n, row in zip(going, logits.float().cpu(), strict=True)]
-        kept = [at for at, n in enumerate(going) if picked[at] not in stop_ids and left[n] > 0]
-        if not kept:
-            return
-        if len(kept) < len(going):
-            chosen = torch.tensor(kept, device=model.device)
-            cache.batch_select_indices(chosen)
-            mask, going, picked = mask[chosen], [going[at] for at in kept], [picked[at] for at in kept]
-        yield list(zip(going, picked, strict=True))
+        for number, row in zip(batch, logits.float().cpu(), strict=True):
+            if left[number]:
+                picked[number] = _pick(row, temperature, random[number])
+                left[number] = 0 if picked[number] in stop_ids else left[number]
+        going = [number for number in batch if left[number]]
+        if going:
+            yield [(number, picked[number]) for number in going]
         for number in going:
             left[number] -= 1
-        if not any(left[number] for number in going):
+        going = [number for number in going if left[number]]
+        if not going:
             return
-        mask = torch.cat([mask, mask.new_ones(len(going), 1)], dim=1)
-        following = torch.tensor(picked, device=model.device)[:, None]
+        if len(going) <= KEEP * len(batch) and _can_shrink(cache):
+            chosen = torch.tensor([batch.index(number) for number in going], device=model.device)
+            cache.batch_select_indices(chosen)
+            mask, batch = mask[chosen], going
+        mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
+        following = torch.tensor([[picked[number]] for number in batch], device=model.device)
         logits, cache = _forward(model, following, mask, cache)
+
+
+def _can_shrink(cache: Any) -> bool:
+    """Whether rows can leave the cache; where its layers keep other things than keys and values they stay, unread."""
+    return all(hasattr(layer, "batch_select_indices") for layer in getattr(cache, "layers", [None]))
 
 
 def _check(model: LanguageModel, ids: list[int]) -> None:

@@ -31,14 +31,14 @@ def charts(runs: list[RunView]) -> list[dict[str, Any]]:
         alike = [(run, stage) for run, stage in stages if stage.name == name]
         series: list[Series] = []
         for run, stage in alike:
-            tint, tag = tints[str(run.folder), name], f"{run.folder.name}: " if len(runs) > 1 else ""
+            tint, tag = tints[str(run.folder), name], f"{run.label}: " if len(runs) > 1 else ""
             series.append(Series(f"{tag}training", stage.points("loss"), tint, faint=True))
             series.append(Series(f"{tag}held-out", stage.points("eval_loss"), tint))
         record = alike[0][1].record
         what = "loss per pair" if "after_accuracy" in record["metrics"] else "loss per token (nats)"
         found.append(_figure(name, alike[0][1].title, line_chart(series, "optimizer step", what, f"Loss of {name}")))
         if any(stage.points("eval_accuracy") for _, stage in alike):
-            series = [Series(run.name if len(runs) > 1 else "held-out", stage.points("eval_accuracy"),
+            series = [Series(run.label if len(runs) > 1 else "held-out", stage.points("eval_accuracy"),
                              tints[str(run.folder), name]) for run, stage in alike]  # fmt: skip
             svg = line_chart(series, "optimizer step", "pairs ranked right", f"Accuracy of {name}", "%")
             found.append(_figure(name, "share of held-out pairs whose chosen answer gained more", svg))
@@ -51,7 +51,7 @@ def _along_the_way(stages: list[tuple[RunView, StageView]], tints: Any, several:
     if first is None:
         return []
     series = [
-        Series(f"{run.folder.name}: {stage.name}" if several else stage.name, stage.points(f"eval_{first}"),
+        Series(f"{run.label}: {stage.name}" if several else stage.name, stage.points(f"eval_{first}"),
                tints[str(run.folder), stage.name])
         for run, stage in stages
     ]  # fmt: skip
@@ -72,7 +72,7 @@ def judged_charts(runs: list[RunView]) -> list[dict[str, Any]]:
                 for name, v in verdicts.items()
             ]  # fmt: skip
             if bars:
-                title = f"{run.folder.name}: {stage.name}" if len(runs) > 1 else stage.name
+                title = f"{run.label}: {stage.name}" if len(runs) > 1 else stage.name
                 svg = interval_chart(bars, f"Judged answers of {title}", tints[str(run.folder), stage.name])
                 found.append(_figure(title, stage.title, svg))
     return found

@@ -51,6 +51,11 @@ class RunView:
     prompts: list[str]
     start: Json = field(default_factory=dict)
 
+    @property
+    def label(self) -> str:
+        """The folder's name, which tells two runs of one recipe from each other."""
+        return self.folder.resolve().name
+
     def before(self, stage: StageView) -> Json:
         """The measures of the model that a stage started from."""
         of = {s.name: s.measured for s in self.stages}

@@ -48,7 +48,7 @@ def cost_rows(runs: list[RunView]) -> dict[str, Any]:
             cells += [_verdict(stage, key) for key in keys]
             cells.append(_change(run.before(stage).get("bits_per_byte"), stage.measured.get("bits_per_byte")))
             if len(runs) > 1:
-                cells[0] = f"{run.folder.name}: {stage.name}"
+                cells[0] = f"{run.label}: {stage.name}"
             rows.append({"cells": cells, "colour": tints[str(run.folder), stage.name]})
     filled = [c for c in range(len(head)) if any(row["cells"][c] for row in rows)]
     return {"head": [head[c] for c in filled],
@@ -76,7 +76,7 @@ def answers(runs: list[RunView]) -> list[dict[str, Any]]:
     tints = colours(runs)
     found: list[dict[str, Any]] = []
     for run in runs:
-        tag = f"{run.folder.name}: " if len(runs) > 1 else ""
+        tag = f"{run.label}: " if len(runs) > 1 else ""
         models = [("the given model", "plain", run.start)] if run.start else []
         models += [(s.name, tints[str(run.folder), s.name], s.measured) for s in run.stages]
         for n, prompt in enumerate(run.prompts):
@@ -104,7 +104,7 @@ def settings_rows(runs: list[RunView]) -> list[dict[str, Any]]:
             proved = [(k.replace("_", " "), _said(v)) for k, v in proof.items() if v not in ((), [])]
             costs = [(k.replace("_", " "), f"{r[k]:.1f}") for k in r if k.endswith("seconds")]
             found.append({
-                "name": f"{run.folder.name}: {stage.name}" if len(runs) > 1 else stage.name,
+                "name": f"{run.label}: {stage.name}" if len(runs) > 1 else stage.name,
                 "identity": r["identity"],
                 "groups": [
                     ("data", [("files", _said(r["data"].get("paths"))), *data]),

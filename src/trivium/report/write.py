@@ -1,7 +1,7 @@
 """Writes the report: ``report.html``, one file that needs nothing else, and no network.
 
-    write_report(Path("runs/demo"))                    # runs/demo/report.html
-    write_comparison([first, second], Path("x.html"))  # several runs on one page
+    write_report([Path("runs/demo")], Path("runs/demo/report.html"))
+    write_report([first, second], Path("x.html"))     # several runs on one page
 
 The page has no script and forbids itself any (Content-Security-Policy): what a model has said is only ever text.
 """
@@ -13,7 +13,8 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from trivium.files import write_text
+from trivium.errors import ModelError
+from trivium.files import make_folder, write_text
 from trivium.report.figures import charts, judged_charts, lineage_of
 from trivium.report.gather import RunView, run_view
 from trivium.report.tables import answers, cost_rows, facts, settings_rows
@@ -21,16 +22,13 @@ from trivium.report.tables import answers, cost_rows, facts, settings_rows
 REPORT = "report.html"
 
 
-def write_report(folder: Path) -> Path:
-    """Make the report of one run in its folder; returns its path. Raises ModelError, DiskError."""
-    path = folder / REPORT
-    write_text(path, page([run_view(folder)]))
-    return path
-
-
-def write_comparison(folders: Sequence[Path], path: Path) -> Path:
-    """One page that compares several runs."""
-    write_text(path, page([run_view(folder) for folder in folders]))
+def write_report(folders: Sequence[Path], path: Path) -> Path:
+    """The page of one run, or one that compares several; returns its path. Raises ModelError, DiskError."""
+    if len({folder.resolve() for folder in folders}) < len(folders):
+        raise ModelError("the same run is named twice", "name each run once")
+    text = page([run_view(folder) for folder in folders])
+    make_folder(path.parent)
+    write_text(path, text)
     return path
 
 
@@ -49,7 +47,7 @@ def page(runs: list[RunView]) -> str:
 
     several = len(runs) > 1
     return template.render(
-        title=" against ".join(names(runs)),
+        title=runs[0].name if len(runs) == 1 else " against ".join(run.label for run in runs),
         style=style,
         several=several,
         runs=[{"view": run, "facts": facts(run), "lineage": Markup(lineage_of(run))} for run in runs],
@@ -59,9 +57,3 @@ def page(runs: list[RunView]) -> str:
         answers=answers(runs),
         settings=settings_rows(runs),
     )
-
-
-def names(runs: list[RunView]) -> list[str]:
-    """A name for each run that tells it from the others: its own, or its folder's."""
-    own = [run.name for run in runs]
-    return own if len(set(own)) == len(own) else [str(run.folder) for run in runs]

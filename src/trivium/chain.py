@@ -61,7 +61,7 @@ def run_recipe(recipe: Recipe, out: Path, until: str | None = None, judge: Judge
         measures.of_stage(full, out / full.name, record["identity"])
         summary["stages"].append(summary_of(record) | {"from": full.from_} | measures.around(full))
         write_json(out / SUMMARY, summary)
-        write_report(out)
+        write_report([out], out / REPORT)
     say(f"report: {out / REPORT}")
     return summary
 
@@ -156,7 +156,7 @@ def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path
         if "source" not in written:
             beside = _needs_writing(place, recipe, parent)
             folder = out / (f"{stage.name}-base" if place == "merged" else BASE)
-            written["source"] = str(_written(opened.model, folder).resolve()) if beside else place
+            written["source"] = str(written_base(opened.model, folder).resolve()) if beside else place
         return written["source"]
 
     def base() -> dict[str, Any] | None:
@@ -170,10 +170,15 @@ def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path
 
 
 def _needs_writing(place: str, recipe: Recipe, parent: Link) -> bool:
-    return place in ("new", "merged") or place.endswith(".gguf") or bool(overrides(recipe, parent))
+    return place_of_base(place) is None or bool(overrides(recipe, parent))
 
 
-def _written(model: Any, folder: Path) -> Path:
+def place_of_base(source: str) -> str | None:
+    """Where a frozen base lies as it is used, given where it came from; None: no folder holds it."""
+    return None if source in ("new", "merged") or source.endswith(".gguf") else source
+
+
+def written_base(model: Any, folder: Path) -> Path:
     """Write a base as a whole model, once for the run; what is there already is overwritten, whole."""
     from trivium.data.templates import chat_template
     from trivium.folder import save_model

@@ -1,0 +1,289 @@
+"""The same in a notebook: what `trivium run` does, step by step, with rows and models in memory.
+
+model = trivium.load("HuggingFaceTB/SmolLM2-135M-Instruct")     # or a folder, a .gguf file
+model.attach("lora", r=16)
+model.train(rows, "sft", max_steps=30, learning_rate=2e-4)      # proofs, ledger and log as in a run
+model.train(pairs, "preference")                                # its parent is the model as it was before
+print(model.generate("What is the capital of France?"))
+model.save("my-adapter")                                        # what peft and `trivium chat` load
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from trivium.chain import place_of_base, run_recipe, written_base
+from trivium.checks import check_fit
+from trivium.data.hub import local
+from trivium.data.rows import Listed, Source
+from trivium.data.templates import chat_template
+from trivium.errors import DiskError, ModelError, RecipeError
+from trivium.evaluate.held_out import evaluate
+from trivium.evaluate.judge import Judge
+from trivium.files import clear_errors, sha256_json, whole_folder, write_json
+from trivium.folder import Opened, identity_of, open_folder, record_of, relative, save_model
+from trivium.model.proof import prove
+from trivium.objectives import objective
+from trivium.peft import base as deltas
+from trivium.peft import folder as adapter
+from trivium.peft.settings import FullSettings, method_name, settings_for
+from trivium.recipe import Recipe, Stage
+from trivium.recipe_file import read_recipe, recipe_of
+from trivium.stage_data import InMemory, packed, stage_examples
+from trivium.stage_proof import probe
+from trivium.stage_runner import StageRun, run_stage
+from trivium.stages import resolve
+from trivium.start import Link, data_hashes, fresh_model, link_of, tokenizer_from
+from trivium.summary import stage_identity, stage_record
+from trivium.talk import Talker
+from trivium.train.machine import pick_device, pick_dtype
+
+Rows = Sequence[Mapping[str, Any]] | str | Path
+Prompt = str | Sequence[Mapping[str, Any]]
+
+
+def run(
+    recipe: str | Path | Mapping[str, Any],
+    out: str | Path | None = None,
+    *,
+    overrides: Iterable[str] = (),
+    until: str | None = None,
+    judge: Judge | None = None,
+) -> dict[str, Any]:
+    """Carry out a recipe, a YAML file or the same as a mapping; returns what ``summary.json`` holds.
+
+    ``overrides`` are ``key=value`` as `trivium run --set` takes them; ``judge`` looks at answers while it trains
+    (`trivium.evaluate.judge`). Raises a UserError with what is wrong and what to do.
+    """
+    if isinstance(recipe, Mapping):
+        read = recipe_of(dict(recipe), Path("recipe"), list(overrides))
+    else:
+        read = read_recipe(Path(recipe), list(overrides))
+    return run_recipe(read, Path(out) if out is not None else Path("runs") / read.name, until, judge)
+
+
+def load(source: str | Path, *, device: str | None = None, dtype: str = "auto") -> Model:
+    """A model folder, adapter folder, ``.gguf`` file or hub id. Raises ModelError.
+
+    ``device``: cpu, cuda, mps; left out, the fastest there is. ``dtype`` is computation and frozen weights.
+    """
+    where = pick_device(device)
+    computation = pick_dtype(dtype, where)
+    opened = open_folder(str(source), computation, where)
+    base = opened.base if opened.base is not None else place_of_base(str(source))
+    return Model(opened, link_of(str(source)), base)
+
+
+def new(
+    rows: Rows, *, architecture: str = "llama", vocab_size: int = 4096, seed: int = 0, device: str | None = None,
+    **sizes: Any,
+) -> Model:  # fmt: skip
+    """A model of random weights, its tokenizer trained on the rows' ``text``; ``sizes`` as in a recipe's ``model``."""
+    tokenizer = tokenizer_from([_source(rows)], vocab_size)
+    model = fresh_model({"architecture": architecture, "vocab_size": vocab_size, **sizes}, tokenizer, seed,
+                      pick_dtype("auto", pick_device(device)), pick_device(device))  # fmt: skip
+    identity = sha256_json([architecture, sizes, seed, tokenizer.backend_tokenizer.to_str()])
+    lineage = [{"name": "new", "stage": "random weights", "method": None, "identity": identity}]
+    return Model(Opened(model, FullSettings(), None), Link("new", identity, lineage), None)
+
+
+class Model:
+    """A language model in hand. Made by `load` and `new`."""
+
+    def __init__(self, opened: Opened, link: Link, base: str | None) -> None:
+        self._opened, self._link = opened, link
+        self._base = base  # where the frozen base lies as it is used; None: nowhere but in memory
+        self._made: dict[str, Any] | None = None  # of the last stage, for its record
+
+    def __repr__(self) -> str:
+        model = self._opened.model
+        return f"Model({type(model.hf).__name__}, {model.parameters():,} parameters, method {self.method['name']})"
+
+    @property
+    def hf(self) -> Any:
+        """The `transformers` model itself."""
+        return self._opened.model.hf
+
+    @property
+    def tokenizer(self) -> Any:
+        return self._opened.model.tokenizer
+
+    @property
+    def method(self) -> dict[str, Any]:
+        """What is trained: ``{"name": "full"}``, or the adapter that hangs in the model and its settings."""
+        settings = self._opened.settings
+        return {"name": method_name(settings), **{k: v for k, v in vars(settings).items() if v is not None}}
+
+    @property
+    def parameters(self) -> int:
+        return self._opened.model.parameters()
+
+    @property
+    def lineage(self) -> list[dict[str, Any]]:
+        """Every step this model has gone through, the first at the start."""
+        return list(self._link.lineage)
+
+    def attach(self, method: str = "lora", *, seed: int = 0, **settings: Any) -> Model:
+        """Freeze the model and hang an adapter in it, which changes nothing until it is trained.
+
+        Raises RecipeError for a method or setting that is not there, or where an adapter hangs already.
+        """
+        if deltas.deltas(self.hf):
+            raise RecipeError(f"the model has an adapter already ({self.method['name']})", "call merge() first")
+        wanted = settings_for(method, settings)
+        if isinstance(wanted, FullSettings):
+            raise RecipeError("full is no adapter", "train without attach()")
+        deltas.attach(self.hf, wanted, seed)
+        self._opened.settings = wanted
+        return self
+
+    def train(
+        self, rows: Rows, stage: str = "sft", *, eval_rows: Rows | None = None, judge: Judge | None = None,
+        **settings: Any,
+    ) -> dict[str, Any]:  # fmt: skip
+        """Train on rows, in memory or in files, as a recipe's stage of these settings would.
+
+        Returns the stage's record: costs, metrics before and after, rows, proof, and the ``curve`` of every step. The
+        model as it was before is the parent that preference tuning compares with. Raises a UserError.
+        """
+        held = {"eval_data": 0} if eval_rows is not None and not isinstance(eval_rows, (str, Path)) else {}
+        paths = {"data": str(rows)} if isinstance(rows, (str, Path)) else {"data": "rows"}
+        if isinstance(eval_rows, (str, Path)):
+            paths["eval_data"] = str(eval_rows)
+        full = self._stage(stage, {**paths, **held, **settings})
+        memory = None
+        if not isinstance(rows, (str, Path)):
+            memory = InMemory(_listed(rows), _listed(eval_rows, "eval_rows") if held else None)
+        elif held:
+            raise RecipeError("rows from a file, eval_rows in memory", "give both as files, or both as rows")
+        data = {"sha256": sha256_json([memory.rows.rows, held and eval_rows])} if memory else data_hashes(full)
+        report = run_stage(StageRun(full, self._opened, data=memory, judge=judge))
+        identity = stage_identity(self._link, data, full)
+        self._made = {"stage": full, "parent": self._link, "identity": identity,
+                      "data": {"paths": full.data, **data}, "report": report}  # fmt: skip
+        own = {"name": full.name, "stage": full.stage, "method": self.method["name"], "identity": identity}
+        self._link = Link("memory", identity, [*self._link.lineage, own])
+        self._base = self._base if deltas.deltas(self.hf) else None
+        return report
+
+    def _stage(self, kind: str, values: dict[str, Any]) -> Stage:
+        """The stage with every setting filled in. Raises RecipeError."""
+        recipe = _one_stage(kind, values)
+        stage, model = recipe.stages[0], self._opened.model
+        if stage.method is not None and deltas.deltas(self.hf):
+            wanted = settings_for(stage.method["name"], {k: v for k, v in stage.method.items() if k != "name"})
+            if not deltas.continues(self.hf, wanted):
+                raise RecipeError(
+                    f"method: the model has another adapter ({self.method['name']})", "call merge() first"
+                )
+        device, dtype = str(model.device), str(model.dtype).removeprefix("torch.")
+        for key, has in (("device", device), ("dtype", dtype)):
+            if getattr(stage, key) not in (None, "auto", has):
+                raise RecipeError(f"{key}: the model was loaded with {has}", f"give {key} to load()")
+        given = {"device": device, "dtype": dtype}
+        parent = {**given, "method": self.method} if deltas.deltas(self.hf) else given
+        full, _ = resolve(stage, recipe, parent, "the model")
+        check_fit(model, recipe, [full])
+        return full
+
+    def generate(
+        self, prompt: Prompt | Sequence[Prompt], max_new_tokens: int = 256, *, temperature: float = 0.0, seed: int = 0,
+        raw: bool = False,
+    ) -> Any:  # fmt: skip
+        """The answer to a prompt, a text or a list of messages; for a list of prompts, a list of answers.
+
+        ``raw`` continues a text as it stands, without the chat template. Temperature 0 is always the likeliest token.
+        """
+        one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
+        talker = self._talker()
+        prompts: list[Any] = [prompt] if one else list(prompt)
+        ids = [
+            talker.raw_prompt(p) if raw and isinstance(p, str) else
+            talker.prompt([{"role": "user", "content": p}] if isinstance(p, str) else [dict(m) for m in p])
+            for p in prompts
+        ]  # fmt: skip
+        found = talker.answers_to(ids, max_new_tokens, temperature, seed)
+        return found[0] if one else found
+
+    def evaluate(self, rows: Rows, stage: str = "sft", **settings: Any) -> dict[str, float]:
+        """``loss`` per trained token and ``bits_per_byte`` on rows of a pretraining or SFT stage. Trains nothing."""
+        full = self._stage(stage, {"data": "rows", **settings, "eval_data": 0})
+        if full.loss != "next_token":
+            raise RecipeError(f"evaluate: {stage} rows are compared with a parent", "use pretrain or sft")
+        model = self._opened.model
+        given = InMemory(_listed(rows)) if not isinstance(rows, (str, Path)) else None
+        if given is None:
+            full = full.model_copy(update={"data": str(rows)})
+        data, _ = stage_examples(full, model, chat_template(self.tokenizer), given)
+        with model.laid_out(prove(model, probe(data.examples)).layout):
+            forests = packed(data.examples, int(full.micro_batch_tokens or 1), model.device)
+            return evaluate(objective(full.model_dump()), model.logprob, lambda _: None, forests)
+
+    def merge(self) -> Model:
+        """Fold the adapter into the base; raises ModelError where the method cannot be (a non-linear adapter)."""
+        deltas.merge(self.hf)
+        identity = sha256_json([self._link.identity, "merged"])
+        own = {"name": "merged", "stage": "merge", "method": None, "identity": identity}
+        self._opened.settings, self._base, self._made = FullSettings(), None, None
+        self._link = Link("memory", identity, [*self._link.lineage, own])
+        return self
+
+    def save(self, folder: str | Path) -> Path:
+        """Write what `transformers` (a whole model) or `peft` (LoRA) loads, with its lineage; returns the folder.
+
+        An adapter whose base lies in no folder gets it beside itself, in ``FOLDER-base``. What is there already is
+        replaced if it was saved by trivium. Raises DiskError, ModelError.
+        """
+        final = Path(folder).expanduser().absolute()
+        if final.exists() and not (final.is_dir() and (record_of(final) or not any(final.iterdir()))):
+            raise DiskError(f"{final}: in the way, and not a folder of trivium", "choose another folder")
+        model, hung = self._opened.model, deltas.deltas(self.hf)
+        if hung and self._base is None:
+            self._base = str(written_base(model, final.with_name(f"{final.name}-base")))
+        with whole_folder(final) as partial, clear_errors(final):
+            if hung:
+                adapter.save(model.hf, partial, str(self._base), self._opened.settings, model.saved_dtype)
+                model.tokenizer.save_pretrained(partial)
+            else:
+                save_model(model, partial, chat_template(model.tokenizer))
+            write_json(partial / "trivium.json", self._record(final))
+        if not hung:
+            self._base = str(final)
+        return final
+
+    def _record(self, final: Path) -> dict[str, Any]:
+        base = None
+        if deltas.deltas(self.hf):
+            source = str(self._base)
+            path = relative(source, final) if Path(source).exists() else source
+            base = {"path": path, "source": source, "identity": identity_of(source)}
+        if self._made is not None:
+            report = {k: v for k, v in self._made["report"].items() if k != "curve"}
+            return stage_record(**{**self._made, "report": report}, final=final, base=base)
+        return {"trivium": 1, "identity": self._link.identity, "lineage": self._link.lineage, "base": base,
+                "settings": {"method": self.method}}  # fmt: skip
+
+    def _talker(self) -> Talker:
+        template = chat_template(self.tokenizer)
+        return Talker(self._opened.model, template, template.stop_ids)
+
+
+def _one_stage(kind: str, values: dict[str, Any]) -> Recipe:
+    """A recipe of one stage, so that everything is checked as in a run. Raises RecipeError."""
+    try:
+        return recipe_of({"name": "notebook", "model": "given", "stages": [{"name": kind, "stage": kind, **values}]},
+                         Path("train"))  # fmt: skip
+    except RecipeError as error:
+        raise RecipeError(error.what.replace(f"stages.{kind}.", ""), error.remedy) from None
+
+
+def _listed(rows: Any, name: str = "rows") -> Listed:
+    if isinstance(rows, Mapping) or not isinstance(rows, Sequence):
+        raise ModelError(f"{name}: a {type(rows).__name__} is no list of rows", f"give {name} as a list of mappings")
+    return Listed([dict(row) if isinstance(row, Mapping) else row for row in rows], name)
+
+
+def _source(rows: Rows) -> Source:
+    return local(str(rows)) if isinstance(rows, (str, Path)) else _listed(rows)
