@@ -108,6 +108,7 @@ class Model:
 
     @property
     def tokenizer(self) -> Any:
+        """Its tokenizer, as `transformers` knows it."""
         return self._opened.model.tokenizer
 
     @property
@@ -118,6 +119,7 @@ class Model:
 
     @property
     def parameters(self) -> int:
+        """Parameters in all, tied ones counted once, an adapter's included."""
         return self._opened.model.parameters()
 
     @property

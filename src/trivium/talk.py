@@ -52,12 +52,20 @@ class Talker:
                 shown = text
 
     def answers(
-        self, conversations: Sequence[Sequence[dict[str, Any]]], most: int, temperature: float = 0.0, seed: int = 0
+        self,
+        conversations: Sequence[Sequence[dict[str, Any]]],
+        most: int,
+        temperature: float = 0.0,
+        seed: int = 0,
+        samples: int = 1,
     ) -> list[str]:
-        """The answer to each conversation, many side by side."""
-        return self.answers_to([self.prompt(list(messages)) for messages in conversations], most, temperature, seed)
+        """The answer to each conversation, many side by side; ``samples`` of each, one after the other."""
+        prompts = [self.prompt(list(messages)) for messages in conversations]
+        return self.answers_to(prompts, most, temperature, seed, samples)
 
-    def answers_to(self, prompts: list[list[int]], most: int, temperature: float = 0.0, seed: int = 0) -> list[str]:
+    def answers_to(
+        self, prompts: list[list[int]], most: int, temperature: float = 0.0, seed: int = 0, samples: int = 1
+    ) -> list[str]:
         """The text after each prompt of tokens, many side by side."""
-        found = generate_many(self.model, prompts, most, self.stop_ids, temperature, seed)
+        found = generate_many(self.model, prompts, most, self.stop_ids, temperature, seed, samples)
         return [self.model.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]

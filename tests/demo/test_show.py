@@ -1,9 +1,8 @@
-"""The demo from end to end, made small: the same three stages, a few steps, a few rows."""
+"""The demo from end to end, made small: the same five stages, a few steps, a few rows."""
 
 from __future__ import annotations
 
 import json
-import re
 
 import pytest
 import torch
@@ -11,10 +10,11 @@ import torch
 from trivium.demo import show, world
 from trivium.recipe_file import parse_recipe
 
+NAMES = ["base", "sft_full", "sft_lora", "sft_bottleneck", "preference"]
 SMALL = [
     "model.hidden_size=32", "model.num_hidden_layers=1", "model.num_attention_heads=2", "model.num_key_value_heads=1",
-    "model.vocab_size=400", "stages.base.max_steps=2", "stages.base.batch_tokens=512", "stages.chat.epochs=null",
-    "stages.chat.max_steps=1", "stages.aligned.max_steps=1", "stages.aligned.batch_size=2",
+    "model.vocab_size=400", "stages.base.max_steps=2", "stages.base.batch_tokens=512",
+    *(f"stages.{name}.max_steps=1" for name in NAMES[1:]), "stages.preference.batch_size=2",
 ]  # fmt: skip
 
 
@@ -23,33 +23,65 @@ def small(monkeypatch):
     write = world.write
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(world, "write", lambda folder, seed: write(folder, seed, 40, 20, 20, 6))
+    monkeypatch.setattr(world, "write", lambda folder, seed: write(folder, seed, 40, 30, 40, 12))
     monkeypatch.setattr(show, "parse_recipe", lambda text, path, given: parse_recipe(text, path, [*given, *SMALL]))
-    monkeypatch.setattr(show, "REQUESTS", 4)
     monkeypatch.setattr(show, "MOST_TOKENS", 5)
     yield
     torch.set_num_threads(threads)
 
 
 def test_the_demo(small, tmp_path, capsys):
-    summary = show.run_demo(tmp_path / "demo", seed=3)
-    out = capsys.readouterr().out
-    names = ["base", "chat", "aligned"]
-    assert [s["name"] for s in summary["stages"]] == names
-    assert list(summary["requests_met"]) == names
+    out = tmp_path / "demo"
+    summary = show.run_demo(out, seed=3)
+    said = capsys.readouterr().out
+    assert [s["name"] for s in summary["stages"]] == NAMES
+    assert [s["from"] for s in summary["stages"]] == [None, "base", "base", "base", "sft_lora"]
+    assert list(summary["requests_met"]) == NAMES
     assert all(0 <= share <= 1 for share in summary["requests_met"].values())
-    assert json.loads((tmp_path / "demo" / "summary.json").read_text(encoding="utf-8")) == summary
-    assert out.count("\nrequest: ") == 2
-    assert all(len(re.findall(rf"(?m)^  {name}:", out)) == 2 for name in names), "every stage answers both requests"
-    assert "held-out requests met in all: base" in out
-    assert f"trivium chat {tmp_path / 'demo' / 'aligned'}" in out
-    assert (tmp_path / "demo" / "data" / "held_out.jsonl").is_file()
-    record = json.loads((tmp_path / "demo" / "chat" / "trivium.json").read_text(encoding="utf-8"))
+    assert json.loads((out / "summary.json").read_text(encoding="utf-8")) == summary
+    for stage in summary["stages"]:
+        judged = stage["judged"]
+        assert judged["requests met"]["of"] == 12, "all held-out requests"
+        assert {"name", "end", "answer", "finished"} <= set(judged)
+        assert judged["name"]["of"] + judged["answer"]["of"] == 12
+        assert stage["text_bits_per_byte"]["after"] > 0
+    table = [line.split() for line in said.splitlines() if line.split()[:1] and line.split()[0] in NAMES]
+    assert [line[0] for line in table] == NAMES * 2, "what it cost, and what was met"
+    assert f"report: {out / 'report.html'}" in said
+    assert f"trivium chat {out / 'preference'}" in said
+    assert max(len(line) for line in said.splitlines() if str(tmp_path) not in line) <= 110
+    page = (out / "report.html").read_text(encoding="utf-8")
+    for piece in ("Answers judged by program", "requests met against steps", "95% intervals"):
+        assert piece in page
+    record = json.loads((out / "sft_lora" / "trivium.json").read_text(encoding="utf-8"))
     assert record["settings"]["seed"] == 3
+    records = [json.loads((out / name / "trivium.json").read_text(encoding="utf-8")) for name in NAMES[1:4]]
+    assert len({json.dumps(r["data"]["sha256"]) for r in records}) == 1, "fine-tuned three ways on the same rows"
 
 
-def test_a_long_answer_is_shortened_at_a_word():
-    assert show._shortened("a  b\nc") == "a b c"
-    shortened = show._shortened("word " * 100)
-    assert shortened.endswith("word ...")
-    assert len(shortened) <= 304
+def test_the_demos_second_run_trains_nothing(small, tmp_path, capsys):
+    first = show.run_demo(tmp_path / "demo", seed=3)
+    capsys.readouterr()
+    assert show.run_demo(tmp_path / "demo", seed=3) == first
+    assert capsys.readouterr().err.count("not run again") == len(NAMES)
+
+
+def test_the_judge_counts_what_the_checker_says():
+    rows = list(world.held_out_requests(40, 0))
+
+    class Parrot:
+        """Answers with the row's own answer, the first three with nothing."""
+
+        def answers(self, conversations, most):
+            found = {json.dumps(r["messages"][:-1]): r["messages"][-1]["content"] for r in rows}
+            return ["" if n < 3 else found[json.dumps(list(c))] for n, c in enumerate(conversations)]
+
+    judge = show.judge_of(rows)
+    verdicts = judge(Parrot(), None)
+    assert verdicts["requests met"] == (37, 40)
+    assert verdicts["finished"] == (37, 40)
+    assert verdicts["unrepeated"] == (40, 40)
+    stories = sum(r["request"]["task"] == "story" for r in rows)
+    assert verdicts["name"][1] == verdicts["end"][1] == stories
+    assert verdicts["answer"][1] == 40 - stories
+    assert judge(Parrot(), 10)["requests met"] == (7, 10)

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from trivium.demo import world
-from trivium.demo.plots import ENDINGS, OPENINGS, PLOTS
+from trivium.demo.checker import check, known_words, split_sentences
+from trivium.demo.plots import ANNOUNCEMENTS, ENDINGS, OPENINGS, PLOTS
 from trivium.demo.words import ENDS, HAPPY, NAMES, PLACES, SAD, SLOTS, TOYS
 
 N = 3000
@@ -28,7 +29,7 @@ def told(story: str) -> dict[str, str]:
         kind: [v for v in values if v in words] for kind, values in (("name", NAMES), ("place", PLACES), ("toy", TOYS))
     }
     assert all(len(v) == 1 for v in found.values()), f"one of each kind: {found} in {story!r}"
-    last = re.findall(r"[a-z]+", " ".join(world.split_sentences(story)[-2:]).lower())
+    last = re.findall(r"[a-z]+", " ".join(split_sentences(story)[-2:]).lower())
     ends = [end for end, feelings in (("happy", HAPPY), ("sad", SAD)) if set(feelings) & set(last)]
     assert len(ends) == 1, f"one end: {ends} in {story!r}"
     return {"task": "story", "end": ends[0], **{kind: v[0] for kind, v in found.items()}}
@@ -38,7 +39,7 @@ def test_every_story_passes_its_own_checker() -> None:
     for row in world.stories(N, seed=1):
         story = row["text"].split("\n")[-1]
         request = told(story)
-        assert all(world.check(request, story).values()), story
+        assert all(check(request, story).values()), story
         assert not world.is_held_out(request)
 
 
@@ -49,13 +50,13 @@ def test_a_story_says_every_attribute_twice() -> None:
         words = re.findall(r"[A-Za-z']+", story)
         assert all(words.count(request[kind]) >= 2 for kind in ("name", "place", "toy")), story
         feelings = HAPPY if request["end"] == "happy" else SAD
-        for sentence in world.split_sentences(story)[-2:]:
+        for sentence in split_sentences(story)[-2:]:
             assert set(feelings) & set(re.findall(r"[a-z]+", sentence.lower())), story
 
 
-def test_half_of_the_stories_have_a_title_that_tells_the_truth() -> None:
+def test_most_stories_have_a_title_that_tells_the_truth() -> None:
     titled = [row["text"].split("\n") for row in world.stories(N, seed=3) if "\n" in row["text"]]
-    assert 0.45 * N < len(titled) < 0.55 * N
+    assert 0.95 < len(titled) / (world.TITLED * N) < 1.05
     for title, story in titled:
         request = told(story)
         assert re.fullmatch(
@@ -81,7 +82,7 @@ def test_every_answer_keeps_its_request() -> None:
     for row in world.requests(N, seed=5):
         messages, request = row["messages"], row["request"]
         assert [m["role"] for m in messages] == ["user", "assistant"] * (len(messages) // 2)
-        assert all(world.check(request, messages[-1]["content"]).values()), row
+        assert all(check(request, messages[-1]["content"]).values()), row
         assert combination(request) == combination(told_of(row))
         tasks.add((request["task"], request.get("ask")))
         turns.add(len(messages))
@@ -100,14 +101,19 @@ def test_chosen_keeps_everything_and_rejected_fails_where_its_fault_says() -> No
     for row in world.pairs(N, seed=6):
         request, fault = row["request"], row["fault"]
         assert row["prompt"][-1]["role"] == "user"
-        assert all(world.check(request, row["chosen"]).values()), row
-        verdict = world.check(request, row["rejected"])
+        assert all(check(request, row["chosen"]).values()), row
+        verdict = check(request, row["rejected"])
         assert verdict[fault] is False, row
-        if fault in ("name", "place", "toy", "end"):
+        if fault not in ("finished", "unrepeated"):
             assert [k for k, kept in verdict.items() if not kept] == [fault], "one fault, and no other"
+        if fault in ("name", "place", "toy", "end"):
             assert not world.is_held_out(told(row["rejected"]))
+            if fault != "end":  # the very same story, but for what is wrong with it
+                swapped = re.sub(rf"\b{told(row['rejected'])[fault]}\b", request[fault], row["rejected"])
+                alike = sum(a == b for a, b in zip(swapped.split(), row["chosen"].split(), strict=True))
+                assert alike > 0.8 * len(row["chosen"].split())
         faults[fault] = faults.get(fault, 0) + 1
-    assert set(faults) == {"name", "place", "toy", "end", "finished", "unrepeated"}
+    assert set(faults) == {"name", "place", "toy", "end", "answer", "finished", "unrepeated"}
     assert min(faults.values()) > N / 30
 
 
@@ -131,13 +137,13 @@ def test_what_is_held_out_is_nowhere_else() -> None:
     for place in PLACES:
         assert sum(place in c for c in held_out) < len(NAMES), f"more than half of the {place} is held out"
     for row in world.held_out_requests(300, seed=8):
-        assert all(world.check(row["request"], row["messages"][-1]["content"]).values())
+        assert all(check(row["request"], row["messages"][-1]["content"]).values())
 
 
 def test_the_checker_says_no() -> None:
     request = {"task": "story", "name": "Mia", "place": "park", "end": "happy", "toy": "kite"}
     good = "Mia was at the park with a kite. Mia was glad. She smiled."
-    assert all(world.check(request, good).values())
+    assert all(check(request, good).values())
     bad = {
         "name": good + " Tom smiled.",
         "place": good.replace("park", "farm"),
@@ -145,23 +151,31 @@ def test_the_checker_says_no() -> None:
         "end": good + " Then she cried.",
         "finished": good[:-1],
         "unrepeated": good + " She smiled.",
+        "begun": "and " + good,
+        "spelled": good.replace("glad", "glad and arated"),
     }
     for fault, answer in bad.items():
-        assert [k for k, kept in world.check(request, answer).items() if not kept] == [fault]
-    assert not any(world.check(request, "")[k] for k in ("name", "place", "toy", "end", "finished"))
+        assert [k for k, kept in check(request, answer).items() if not kept] == [fault]
+    assert not any(check(request, "")[k] for k in ("name", "place", "toy", "end", "begun", "finished"))
     question = {"task": "question", "ask": "place", "answer": "park", "name": "Mia", "place": "park", "end": "sad"}
-    assert world.check(question, "Mia was at the park.")["answer"]
-    assert not world.check(question, "Mia was at the park or on the farm.")["answer"]
+    assert check(question, "Mia was at the park.")["answer"]
+    assert not check(question, "Mia was at the park or on the farm.")["answer"]
 
 
 def test_no_sentence_uses_a_word_that_a_request_can_ask_for() -> None:
-    steps = [OPENINGS, *(s for e in ENDINGS.values() for s in e), *(s for p in PLOTS.values() for t in p for s in t)]
+    steps = [
+        ANNOUNCEMENTS,
+        OPENINGS,
+        *(s for e in ENDINGS.values() for s in e),
+        *(s for p in PLOTS.values() for t in (p.steps, p.happy, p.sad) for s in t),
+    ]
     words = {
         w for step in steps for sentence in step for w in re.findall(r"[A-Za-z']+", re.sub(r"{\w+}", "", sentence))
     }
     words |= {w for values in SLOTS.values() for value in values for w in value.split()}
     assert words.isdisjoint([*NAMES, *PLACES, *TOYS])
     assert len(PLOTS) >= 5
+    assert {w.lower() for w in [*words, *NAMES, *PLACES, *TOYS]} <= known_words()
     assert all(len(step) >= 3 and len(set(step)) == len(step) for step in steps)
 
 

@@ -220,6 +220,25 @@ def test_many_prompts_get_what_each_gets_alone(name, temperature):
     assert len({len(found) for found in alone}) > 1, "rows of one length show little"
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_several_answers_to_each_prompt(name):
+    model, stop = tiny(name), frozenset({5, 11, 29})
+    repeated = [ids for ids in prompts() for _ in range(3)]
+    expected = generate_many(model, repeated, 12, stop, 0.8, 7)
+    assert generate_many(model, prompts(), 12, stop, 0.8, 7, samples=3) == expected
+    assert len(set(map(tuple, expected[:3]))) > 1, "each draws by itself"
+
+
+def test_a_prompt_of_several_answers_is_read_once(monkeypatch):
+    model, sizes = tiny("llama"), []
+    forward = generation._forward
+    monkeypatch.setattr(
+        generation, "_forward", lambda m, t, *more: sizes.append(tuple(t.shape)) or forward(m, t, *more)
+    )
+    generate_many(model, prompts()[:1], 4, NO_STOP, 0.8, samples=5)
+    assert sizes == [(1, LENGTHS[0]), *[(5, 1)] * 3]
+
+
 @pytest.mark.parametrize("name", ["gemma3_text", "llama"])
 def test_filled_prompts_are_answered_together(name, monkeypatch):
     """What is fast is used: one pass a token for all rows, fewer of them as rows end."""
@@ -259,7 +278,7 @@ def test_batches_are_as_large_as_the_cache_may_be(monkeypatch):
     monkeypatch.setattr(generation, "CACHE_BYTES", 30 * a_token)
     groups, rows = [], sorted(enumerate(prompts()), key=lambda row: len(row[1]))
     while rows:
-        group, rows = generation._that_fit(model, rows, 10)
+        group, rows = generation._that_fit(model, rows, 10, 1)
         groups.append([len(ids) for _, ids in group])
     assert groups == [[1, 3], [6], [8], [8], [12], [20]]
     assert generate_many(model, prompts(), 10, NO_STOP) == expected

@@ -24,12 +24,12 @@ PLOTS: dict[str, Plot] = {
 
 # What a story is about, in the order of a request: small models learn to follow a request by finding these words in it.
 ANNOUNCEMENTS: Step = (
-    "This is the story of {name} and a {toy} {at}, with a {end} end.",
-    "Here is a story about {name} and a {toy} {at}. It has a {end} end.",
-    "Let me tell you about {name} and a {toy} {at}. The end is {end}.",
-    "Listen! {name} and a {toy} {at}, and a {end} end.",
-    "This is a {end} story about {name} and a {toy} {at}.",
-    "I know a story about {name} and a {toy} {at}, with a {end} end.",
+    "This is the story of {who} {at}, with a {end} end.",
+    "Here is a story about {who} {at}. It has a {end} end.",
+    "Let me tell you about {who} {at}. The end is {end}.",
+    "Listen! {who} {at}, and a {end} end.",
+    "This is a {end} story about {who} {at}.",
+    "I know a story about {who} {at}, with a {end} end.",
 )
 
 OPENINGS: Step = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 from trivium.demo.words import Plot
 
 BAKE = Plot(
-    spare=(2, 3),
+    spare=(2,),
     steps=(
         (
             "Everyone in town was there to bake, and the best cook would get a {color} {toy}.",

@@ -141,7 +141,7 @@ STORM = Plot(
 )
 
 FRIEND = Plot(
-    spare=(2, 3),
+    spare=(3,),
     steps=(
         (
             "{He} had no one to play with, only a {color} {toy}.",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from trivium.chain import run_recipe
 from trivium.demo import world
+from trivium.demo.checker import check
 from trivium.files import make_folder, write_json
 from trivium.recipe_file import parse_recipe
 from trivium.report.write import REPORT
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 MOST_TOKENS = 160  # of an answer
 MET = "requests met"
-ATTRIBUTES = ("name", "place", "toy", "end", "answer", "finished", "unrepeated")
+ATTRIBUTES = ("name", "place", "toy", "end", "answer", "begun", "spelled", "finished", "unrepeated")
 
 
 def run_demo(out: Path, seed: int) -> dict[str, Any]:
@@ -41,9 +42,9 @@ def run_demo(out: Path, seed: int) -> dict[str, Any]:
     print(f"\n{len(rows)} held-out requests, answered by each model and judged by program:\n")
     print(met_table(judged))
     print(f"\n{clock(time.perf_counter() - started)} in all\nreport: {out / REPORT}\n\ntry next:")
-    print(f"  trivium chat {out / 'preference'}    # Tell a story about Mia and a kite at the park with a happy end.")
-    print("  trivium run recipes/tinystories.yaml --set stages.base.data=my_text.jsonl    # the same on your own data")
-    print("  trivium run recipes/smollm2.yaml    # the last two steps on a real model")
+    print(f"  trivium chat {out / 'preference'}    # e.g. Tell a story about Mia at the park with a happy end.")
+    print("  trivium run recipes/tinystories.yaml    # the same on your own data: it says how")
+    print("  trivium run recipes/smollm2.yaml        # the last two steps on a real model")
     return summary
 
 
@@ -53,7 +54,7 @@ def judge_of(requests: list[dict[str, Any]]) -> Judge:
     def judge(talker: Talker, most: int | None) -> dict[str, Verdict]:
         rows = requests[:most]
         answers = talker.answers([row["messages"][:-1] for row in rows], MOST_TOKENS)
-        verdicts = [world.check(row["request"], answer) for row, answer in zip(rows, answers, strict=True)]
+        verdicts = [check(row["request"], answer) for row, answer in zip(rows, answers, strict=True)]
         found: dict[str, Verdict] = {MET: (sum(all(v.values()) for v in verdicts), len(verdicts))}
         for name in ATTRIBUTES:
             asked = [v[name] for v in verdicts if name in v]
@@ -67,9 +68,9 @@ def judge_of(requests: list[dict[str, Any]]) -> Judge:
 def met_table(judged: dict[str, dict[str, Any]]) -> str:
     """A row per model: the share met in all with its 95% interval, then attribute by attribute."""
     names = [name for name in ATTRIBUTES if any(name in found for found in judged.values())]
-    rows = [["model", "met in all", "95% interval", *names]]
+    rows = [["model", "met in all", "95%", *names]]
     for model, found in judged.items():
         met = found[MET]
         shares = [f"{found[name]['share']:.0%}" if name in found else "-" for name in names]
-        rows.append([model, f"{met['share']:.1%}", f"{met['low']:.0%} to {met['high']:.0%}", *shares])
+        rows.append([model, f"{met['share']:.1%}", f"{met['low']:.0%}–{met['high']:.0%}", *shares])
     return aligned(rows, left=1)

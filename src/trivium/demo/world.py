@@ -1,15 +1,15 @@
-"""The demo's story world: short stories, requests for them, pairs of answers, and a checker, all from a seed.
+"""The demo's story world: short stories, requests for them and pairs of answers, all from a seed.
 
     stories     {"text"}                                             what a language model is pretrained on
     requests    {"messages", "request"}                              what it is taught to follow
     pairs       {"prompt", "chosen", "rejected", "fault", "request"} what it is taught to prefer
-    check       (request, answer) -> {attribute: kept or not}        how it is judged, by program
 
-A story is about one name, at one place, with one toy, and ends happy or sad. An eighth of all (name, place, end)
-is held out by hash: nothing that trains ever holds one of these, stories, answers and rejected answers included.
+How answers are judged is in ``checker.py``. A story is about one name, at one place, with one toy, and ends happy or
+sad. An eighth of all (name, place, end) is held out by hash: nothing that trains ever holds one of these, stories,
+answers and rejected answers included.
 
-Half of the stories that pretrain open with a title in the words of the requests, and every story says each
-attribute twice: what a small model reads once, it learns or not by luck.
+Most stories that pretrain open with a title in the words of a request, every story begins by announcing what it is
+about in the same words, and says each attribute twice: what a small model reads once, it learns or not by luck.
 
 The same seed gives the same bytes on every version of Python: only ``Random.random()`` is drawn from, whose
 sequence Python guarantees. Cost: about 30,000 stories a second.
@@ -27,8 +27,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trivium import files
+from trivium.demo.checker import KINDS, QUESTIONS, Request, split_sentences
 from trivium.demo.plots import ANNOUNCEMENTS, ENDINGS, OPENINGS, PLOTS
-from trivium.demo.words import ENDS, GIRLS, HAPPY, NAMES, PLACES, PRONOUNS, SAD, SLOTS, TOYS
+from trivium.demo.words import GIRLS, PLACES, PRONOUNS, SLOTS
 
 WORDS = (40, 90)  # the fewest and the most words of a story, its title not counted
 TITLED = 0.8  # of the stories that pretrain
@@ -36,7 +37,6 @@ WITH_TOY = 0.5  # of titles and requests
 SPARE = 0.2  # how often a story has a step that it could do without
 HELD_OUT = 8  # one in so many (name, place, end) is held out
 
-Request = dict[str, str]
 Row = dict[str, Any]
 T = TypeVar("T")
 
@@ -55,36 +55,16 @@ AGAIN = (
     "Tell another one, but make the end {end}.",
     "The same again, please, with a {end} end.",
 )
-# what is asked -> the questions, each with its answer
-QUESTIONS: dict[str, tuple[tuple[str, str], ...]] = {
-    "name": (
-        ("Who is the story about?", "The story is about {name}."),
-        ("What is the name of the child?", "The name of the child is {name}."),
-    ),
-    "place": (
-        ("Where was {name}?", "{name} was {at}."),
-        ("Where does the story play?", "The story plays {at}."),
-    ),
-    "toy": (
-        ("Which toy is in the story?", "The toy is a {toy}."),
-        ("What did {name} have or want?", "It was a {toy}."),
-    ),
-    "end": (
-        ("Is the end happy or sad?", "The end is {end}."),
-        ("How does the story end?", "It has a {end} end."),
-    ),
-}
-KINDS = {"name": NAMES, "place": tuple(PLACES), "toy": TOYS, "end": ENDS}
 
 
 def stories(n: int, seed: int, *, held_out: bool = False) -> Iterator[Row]:
-    """``n`` rows ``{"text"}``; half open with a title line. ``held_out`` tells of what no training row tells of."""
+    """``n`` rows ``{"text"}``; most open with a title line. ``held_out`` tells of what no training row tells of."""
     rng = _stream("stories", seed)
     for _ in range(n):
-        wish = _wish(rng, held_out)
-        text = _tell(wish, rng)
+        asked = _asked(_wish(rng, held_out), rng)
+        text = _tell(asked, rng)
         if rng.random() < TITLED:
-            text = _fill("Title: {who} {at}, a {end} end\n", _asked(wish, rng)) + text
+            text = _fill("Title: {who} {at}, a {end} end\n", asked) + text
         yield {"text": text}
 
 
@@ -100,8 +80,7 @@ def requests(n: int, seed: int, *, held_out: bool = False) -> Iterator[Row]:
         if kind < 0.6:
             messages, request = _ask_story(wish, rng)
         elif kind < 0.75:
-            story = _tell(wish, rng)
-            messages, request = _ask_question(wish, rng, before=f"{story}\n\n")
+            messages, request = _ask_about_a_story(wish, rng)
         else:
             first, _ = _ask_story(wish, rng)
             other = {**wish, "end": _other("end", wish["end"], rng)}
@@ -119,42 +98,25 @@ def held_out_requests(n: int, seed: int) -> Iterator[Row]:
 
 
 def pairs(n: int, seed: int) -> Iterator[Row]:
-    """``n`` rows; ``check(request, rejected)[fault]`` is False, and ``chosen`` keeps everything."""
+    """``n`` rows; ``check(request, rejected)[fault]`` is False, and ``chosen`` keeps everything.
+
+    Half are answers to questions. A rejected answer is the chosen one but for its fault, so that this is what differs.
+    """
     rng = _stream("pairs", seed)
     for _ in range(n):
         wish = _wish(rng, held_out=False)
-        messages, request = _ask_story(wish, rng)
-        chosen = messages.pop()["content"]
-        faults = ("finished", "unrepeated", *(k for k in KINDS if k in request))
-        rejected = None
-        while rejected is None:
-            fault = _pick(rng, faults)
-            rejected = _spoil(wish, chosen, fault, rng)
+        if rng.random() < 0.5:
+            messages, request = _ask_about_a_story(wish, rng)
+            chosen, fault = messages.pop()["content"], "answer"
+            wrong = _other(request["ask"], request["answer"], rng)
+            rejected = _answer(chosen, request["ask"], request["answer"], wrong)
+        else:
+            told = _draw(rng)
+            messages, request = _ask_story(wish, rng, told)
+            chosen = messages.pop()["content"]
+            faults = ("finished", "unrepeated", *(k for k in KINDS if k in request))
+            fault, rejected = _spoilt(wish, chosen, faults, "toy" in request, told, rng)
         yield {"prompt": messages, "chosen": chosen, "rejected": rejected, "fault": fault, "request": request}
-
-
-def check(request: Request, answer: str) -> dict[str, bool]:
-    """What of a request an answer keeps: each attribute asked for, and that it is finished and does not repeat.
-
-    A name, place or toy is kept when it is said and no other of its kind is; an end, when one of the last two
-    sentences has a word of that feeling and neither has one of the other.
-    """
-    sentences = split_sentences(answer)
-    seen = [s.lower() for s in sentences]
-    kept = {
-        "finished": bool(re.search(r"[.!?]\"?\s*$", answer)),
-        "unrepeated": len(set(seen)) == len(seen),
-    }
-    words = _words(answer)
-    if request["task"] == "question":
-        return {"answer": _said(request["answer"], KINDS[request["ask"]], words), **kept}
-    for kind in ("name", "place", "toy"):
-        if kind in request:
-            kept[kind] = _said(request[kind], KINDS[kind], words)
-    feelings = {w.lower() for s in sentences[-2:] for w in _words(s)}
-    wanted, unwanted = (HAPPY, SAD) if request["end"] == "happy" else (SAD, HAPPY)
-    kept["end"] = not feelings.isdisjoint(wanted) and feelings.isdisjoint(unwanted)
-    return kept
 
 
 TABLES: dict[str, Callable[[int, int], Iterator[Row]]] = {
@@ -183,13 +145,8 @@ def is_held_out(request: Request) -> bool:
     return hashlib.sha256(key.encode()).digest()[0] % HELD_OUT == 0
 
 
-def split_sentences(text: str) -> list[str]:
-    """Cut after ``.``, ``!`` or ``?`` (and a closing quote), where a capital or a quote follows."""
-    return [s for s in re.split(r"(?:(?<=[.!?])|(?<=[.!?]\"))\s+(?=[A-Z\"])", text.strip()) if s]
-
-
 def _tell(wish: Request, rng: random.Random) -> str:
-    """A story of ``WORDS`` words that keeps the wish."""
+    """A story of ``WORDS`` words that keeps the wish, which is `_worded`."""
     while True:
         plot = PLOTS[_pick(rng, tuple(PLOTS))]
         turn = plot.happy if wish["end"] == "happy" else plot.sad
@@ -197,7 +154,7 @@ def _tell(wish: Request, rng: random.Random) -> str:
         opening = [OPENINGS] if rng.random() < SPARE else []
         steps = (ANNOUNCEMENTS, *opening, *told, *turn, *ENDINGS[wish["end"]])
         cast = {k: _pick(rng, SLOTS[k]) for k in ("color", "animal", "weather", "time", "family", "hidden", "food")}
-        cast |= {**wish, **PRONOUNS[wish["name"] in GIRLS], "at": _at(wish)}
+        cast |= {**wish, **PRONOUNS[wish["name"] in GIRLS]}
         sentences = []
         for step in steps:
             loose = {k: _pick(rng, SLOTS[k]) for k in ("trait", "fruit", "friend")}
@@ -207,18 +164,25 @@ def _tell(wish: Request, rng: random.Random) -> str:
             return story
 
 
-def _ask_story(wish: Request, rng: random.Random) -> tuple[list[Row], Request]:
-    """A request for the wish's story and its answer; one in three asks for the toy as well."""
+def _ask_story(wish: Request, rng: random.Random, told: int | None = None) -> tuple[list[Row], Request]:
+    """A request for the wish's story, which may name the toy, and its answer; ``told`` fixes how the story goes."""
     asked = _asked(wish, rng)
     request = _request("story", wish)
     if asked["who"] != wish["name"]:
         request["toy"] = wish["toy"]
-    return _turn(_fill(_pick(rng, WORDINGS), asked), _tell(wish, rng)), request
+    story = _tell(asked, rng if told is None else random.Random(told))
+    return _turn(_fill(_pick(rng, WORDINGS), asked), story), request
+
+
+def _ask_about_a_story(wish: Request, rng: random.Random) -> tuple[list[Row], Request]:
+    """A story and a question about it in one message, and the answer."""
+    return _ask_question(wish, rng, before=f"{_tell(_asked(wish, rng), rng)}\n\n")
 
 
 def _ask_again(wish: Request, rng: random.Random) -> tuple[list[Row], Request]:
     """After a story: the same name and place with this wish's end."""
-    return _turn(_fill(_pick(rng, AGAIN), wish), _tell(wish, rng)), _request("story", wish)
+    story = _tell(_worded(wish, False), rng)
+    return _turn(_fill(_pick(rng, AGAIN), wish), story), _request("story", wish)
 
 
 def _ask_question(wish: Request, rng: random.Random, before: str = "") -> tuple[list[Row], Request]:
@@ -228,17 +192,29 @@ def _ask_question(wish: Request, rng: random.Random, before: str = "") -> tuple[
     return _turn(before + question, answer), {**_request("question", wish), "ask": ask, "answer": wish[ask]}
 
 
-def _spoil(wish: Request, chosen: str, fault: str, rng: random.Random) -> str | None:
-    """An answer with this fault; None when only a held-out story would have it."""
-    if fault == "finished":
-        words = chosen.split()
-        return " ".join(words[: int(len(words) * (0.4 + 0.45 * rng.random()))]).rstrip('.,!?"')
-    if fault == "unrepeated":
-        sentences = split_sentences(chosen)
-        start, length = 3 + int(rng.random() * 3), 1 + int(rng.random() * 2)
-        return " ".join(sentences[:start] + sentences[start - length : start] * (2 + int(rng.random() * 2)))
-    other = {**wish, fault: _other(fault, wish[fault], rng)}
-    return None if is_held_out(other) else _tell(other, rng)
+def _answer(chosen: str, ask: str, right: str, wrong: str) -> str:
+    """The same answer with another value; a place brings the word that stands before it."""
+    if ask == "place":
+        return chosen.replace(_at({"place": right}), _at({"place": wrong}))
+    return re.sub(rf"\b{right}\b", wrong, chosen)
+
+
+def _spoilt(
+    wish: Request, chosen: str, faults: Sequence[str], with_toy: bool, told: int, rng: random.Random
+) -> tuple[str, str]:
+    """One of the faults, and the chosen answer with it; an attribute that is held out is passed over."""
+    while True:
+        fault = _pick(rng, faults)
+        if fault == "finished":
+            words = chosen.split()
+            return fault, " ".join(words[: int(len(words) * (0.4 + 0.45 * rng.random()))]).rstrip('.,!?"')
+        if fault == "unrepeated":
+            sentences = split_sentences(chosen)
+            start, length = 3 + int(rng.random() * 3), 1 + int(rng.random() * 2)
+            return fault, " ".join(sentences[:start] + sentences[start - length : start] * (2 + int(rng.random() * 2)))
+        other = {**wish, fault: _other(fault, wish[fault], rng)}
+        if not is_held_out(other):
+            return fault, _tell(_worded(other, with_toy), random.Random(told))
 
 
 def _wish(rng: random.Random, held_out: bool) -> Request:
@@ -254,7 +230,11 @@ def _request(task: str, wish: Request) -> Request:
 
 def _asked(wish: Request, rng: random.Random) -> Request:
     """The wish in the words of a request, which may name the toy."""
-    who = f"{wish['name']} and a {wish['toy']}" if rng.random() < WITH_TOY else wish["name"]
+    return _worded(wish, rng.random() < WITH_TOY)
+
+
+def _worded(wish: Request, with_toy: bool) -> Request:
+    who = f"{wish['name']} and a {wish['toy']}" if with_toy else wish["name"]
     return {**wish, "who": who, "at": _at(wish)}
 
 
@@ -266,20 +246,17 @@ def _other(kind: str, value: str, rng: random.Random) -> str:
     return _pick(rng, [v for v in KINDS[kind] if v != value])
 
 
-def _said(value: str, values: Sequence[str], words: set[str]) -> bool:
-    return value in words and words.isdisjoint(v for v in values if v != value)
-
-
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"[A-Za-z']+", text))
-
-
 def _turn(user: str, assistant: str) -> list[Row]:
     return [{"role": "user", "content": user}, {"role": "assistant", "content": assistant}]
 
 
 def _fill(template: str, values: Request) -> str:
     return template.format_map(values)
+
+
+def _draw(rng: random.Random) -> int:
+    """A seed for a story of its own."""
+    return int(rng.random() * 2**53)
 
 
 def _pick(rng: random.Random, values: Sequence[T]) -> T:

@@ -28,7 +28,7 @@ def generate(
     model: LanguageModel, ids: list[int], most: int, stop_ids: frozenset[int], temperature: float = 0.0, seed: int = 0
 ) -> Iterator[int]:
     """Tokens after ``ids``, until a stop token, ``most`` tokens, or the end of the model's context."""
-    for ((_, token),) in _together(model, [(0, ids)], most, stop_ids, temperature, seed):
+    for ((_, token),) in _together(model, [(0, ids)], 1, most, stop_ids, temperature, seed):
         yield token
 
 
@@ -39,13 +39,17 @@ def generate_many(
     stop_ids: frozenset[int],
     temperature: float = 0.0,
     seed: int = 0,
+    samples: int = 1,
 ) -> list[list[int]]:
-    """The same for many prompts; ``most`` holds for each, and prompt ``n`` draws with the seed ``seed + n``."""
-    found: list[list[int]] = [[] for _ in prompts]
+    """The same for many prompts, ``most`` for each. Answer ``n`` draws with the seed ``seed + n``.
+
+    ``samples`` answers to each prompt, which is read once: those to prompt ``p`` are ``p * samples`` and following.
+    """
+    found: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
     rows = sorted(enumerate(prompts), key=lambda row: len(row[1]))
     while rows:
-        group, rows = _that_fit(model, rows, most)
-        for step in _together(model, group, most, stop_ids, temperature, seed):
+        group, rows = _that_fit(model, rows, most, samples)
+        for step in _together(model, group, samples, most, stop_ids, temperature, seed):
             for number, token in step:
                 found[number].append(token)
     return found
@@ -54,10 +58,10 @@ def generate_many(
 Row = tuple[int, list[int]]  # a prompt's number and its tokens
 
 
-def _that_fit(model: LanguageModel, rows: list[Row], most: int) -> tuple[list[Row], list[Row]]:
+def _that_fit(model: LanguageModel, rows: list[Row], most: int, samples: int) -> tuple[list[Row], list[Row]]:
     """As many of the rows (sorted by length) as the cache may hold, at least one; and the others."""
     config, count = model.config, 0
-    a_token = 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    a_token = samples * 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
     while count < len(rows) and (count + 1) * (len(rows[count][1]) + most) * a_token <= CACHE_BYTES:
         count += 1
     return rows[: max(1, count)], rows[max(1, count) :]
@@ -65,18 +69,27 @@ def _that_fit(model: LanguageModel, rows: list[Row], most: int) -> tuple[list[Ro
 
 @torch.no_grad()
 def _together(
-    model: LanguageModel, rows: list[Row], most: int, stop_ids: frozenset[int], temperature: float, seed: int
+    model: LanguageModel,
+    rows: list[Row],
+    samples: int,
+    most: int,
+    stop_ids: frozenset[int],
+    temperature: float,
+    seed: int,
 ) -> Iterator[list[tuple[int, int]]]:
-    """Step by step, the next token of every row that goes on: (its number, the token)."""
+    """Step by step, the next token of every answer that goes on: (its number, the token)."""
     for _, ids in rows:
         _check(model, ids)
     logits, mask, cache = _read(model, rows)
     if len(rows) > 1 and not _as_alone(model, rows[0][1], logits[0]):
-        yield from chain.from_iterable(_together(model, [row], most, stop_ids, temperature, seed) for row in rows)
+        alone = (_together(model, [row], samples, most, stop_ids, temperature, seed) for row in rows)
+        yield from chain.from_iterable(alone)
         return
-    random = {number: torch.Generator().manual_seed(seed + number) for number, _ in rows}
-    left = {number: min(most, model.context - len(ids)) for number, ids in rows}
-    batch = [number for number, _ in rows]
+    if samples > 1:
+        logits, mask, cache = _repeated(model, rows, samples, logits, mask, cache)
+    left = {number * samples + n: min(most, model.context - len(ids)) for number, ids in rows for n in range(samples)}
+    batch = list(left)
+    random = {number: torch.Generator().manual_seed(seed + number) for number in batch}
     picked = dict.fromkeys(batch, 0)
     while True:
         for number, row in zip(batch, logits.float().cpu(), strict=True):
@@ -98,6 +111,16 @@ def _together(
         mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
         following = torch.tensor([[picked[number]] for number in batch], device=model.device)
         logits, cache = _forward(model, following, mask, cache)
+
+
+def _repeated(
+    model: LanguageModel, rows: list[Row], samples: int, logits: Tensor, mask: Tensor, cache: Any
+) -> tuple[Tensor, Tensor, Any]:
+    """What `_read` gave, each row ``samples`` times; read again where a cache cannot be repeated."""
+    if not all(hasattr(layer, "batch_repeat_interleave") for layer in getattr(cache, "layers", [None])):
+        return _read(model, [row for row in rows for _ in range(samples)])
+    cache.batch_repeat_interleave(samples)
+    return logits.repeat_interleave(samples, 0), mask.repeat_interleave(samples, 0), cache
 
 
 def _can_shrink(cache: Any) -> bool:

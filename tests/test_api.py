@@ -1,0 +1,246 @@
+"""The Python API: the same as the command line, in memory; transformers, peft and trivium load what it saves."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+import torch
+
+import trivium
+from trivium.demo import world
+from trivium.evaluate.judge import Judge
+
+SIZES = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 512}
+SHORT = {"max_steps": 2, "batch_size": 4, "learning_rate": 1e-2}
+STORIES, REQUESTS, PAIRS = (list(rows(60, 0)) for rows in (world.stories, world.requests, world.pairs))
+ASKED = "Tell a story about Mia at the park with a happy end."
+
+
+@pytest.fixture
+def base() -> trivium.Model:
+    return trivium.new(STORIES, vocab_size=400, **SIZES)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A pretrained model in a folder; read only."""
+    model = trivium.new(STORIES, vocab_size=400, **SIZES)
+    model.train(STORIES, "pretrain", **SHORT)
+    return model.save(tmp_path_factory.mktemp("api") / "base")
+
+
+def weights(model: trivium.Model) -> dict[str, torch.Tensor]:
+    return {name: p.detach().clone() for name, p in model.hf.state_dict().items()}
+
+
+def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+# --- what is exported
+
+
+def test_every_exported_name_is_there_typed_and_documented() -> None:
+    assert trivium.__all__ == ["Model", "UserError", "load", "new", "run"]
+    for name in trivium.__all__:
+        assert getattr(trivium, name).__doc__, name
+    with pytest.raises(AttributeError, match="no attribute 'lod'"):
+        trivium.lod  # noqa: B018
+    public = {name: member for name, member in vars(trivium.Model).items() if not name.startswith("_")}
+    assert set(public) >= {"attach", "train", "evaluate", "generate", "merge", "save", "hf", "tokenizer"}
+    for name, member in [*public.items(), ("run", trivium.run), ("load", trivium.load), ("new", trivium.new)]:
+        function = member.fget if isinstance(member, property) else member
+        assert "return" in typing.get_type_hints(function, vars(sys.modules["trivium.api"])), name
+        assert function.__doc__, name
+
+
+def test_importing_trivium_imports_no_torch() -> None:
+    code = "import sys, trivium; print([m for m in ('torch', 'transformers', 'numpy', 'pydantic') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+# --- the three steps
+
+
+def test_the_three_steps(base, tmp_path) -> None:
+    report = base.train(STORIES, "pretrain", **SHORT)
+    assert report["metrics"]["after_loss"] < report["metrics"]["before_loss"]
+    assert [row["step"] for row in report["curve"] if "loss" in row] == [1, 2]
+    before = weights(base)
+    base.attach("lora", r=4)
+    assert base.method["name"] == "lora"
+    report = base.train(REQUESTS, "sft", **SHORT)
+    assert report["rows"]["read"] == len(REQUESTS)
+    parent = {n: p.clone() for n, p in base.hf.named_parameters() if p.requires_grad}
+    report = base.train(PAIRS, "preference", **SHORT)
+    assert report["metrics"]["before_loss"] == pytest.approx(0.693147, abs=1e-5), "its parent is the SFT model"
+    assert any(not torch.equal(p, parent[n]) for n, p in base.hf.named_parameters() if p.requires_grad)
+    now = weights(base)
+    assert all(torch.equal(now[name], before[name]) for name in before), "the base is untouched"
+    assert [link["stage"] for link in base.lineage] == ["random weights", "pretrain", "sft", "preference"]
+    folder = base.save(tmp_path / "tuned")
+    assert (tmp_path / "tuned-base" / "model.safetensors").is_file(), "a base that lies nowhere is written beside"
+    record = json.loads((folder / "trivium.json").read_text(encoding="utf-8"))
+    assert record["lineage"] == base.lineage
+    assert "curve" not in record
+    again = trivium.load(folder)
+    assert again.generate(ASKED, 12) == base.generate(ASKED, 12)
+    assert again.lineage == base.lineage
+
+
+def test_the_same_as_a_recipe(saved, tmp_path) -> None:
+    """A stage trained by `train` and one run from a recipe are the same model, bitwise."""
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text("".join(json.dumps(row) + "\n" for row in REQUESTS), encoding="utf-8")
+    stage = {"name": "chat", "stage": "sft", "data": str(rows), "method": {"name": "lora", "r": 4}, **SHORT}
+    summary = trivium.run({"name": "x", "model": str(saved), "stages": [stage]}, tmp_path / "out")
+    from_file, in_memory = trivium.load(saved), trivium.load(saved).attach("lora", r=4)
+    from_file.train(rows, "sft", method={"name": "lora", "r": 4}, **SHORT)
+    report = in_memory.train(REQUESTS, "sft", **SHORT)
+    theirs = weights(trivium.load(tmp_path / "out" / "chat"))
+    assert same(weights(from_file), theirs)
+    assert same(weights(in_memory), theirs)
+    assert report["metrics"] == pytest.approx(summary["stages"][0]["metrics"])
+    assert summary["stages"][0]["trained_parameters"] == report["trained_parameters"]
+
+
+def test_run_takes_overrides_until_and_a_judge(saved, tmp_path) -> None:
+    seen: list[int | None] = []
+
+    def judge(talker: typing.Any, most: int | None) -> dict:
+        seen.append(most)
+        return {"asked": (1, 2), "length": 3.0}
+
+    checked: Judge = judge
+    stages = [
+        {"name": "chat", "stage": "sft", "data": "rows.jsonl", "method": "lora", **SHORT},
+        {"name": "more", "stage": "sft", "from": "chat", "data": "rows.jsonl", **SHORT},
+    ]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(r) + "\n" for r in REQUESTS), encoding="utf-8")
+    recipe = {"name": "x", "model": str(saved), "stages": stages}
+    for stage in stages:
+        stage["data"] = str(tmp_path / "rows.jsonl")
+    summary = trivium.run(recipe, tmp_path / "out", overrides=["stages.chat.max_steps=1"], until="chat", judge=checked)
+    (done,) = summary["stages"]
+    assert done["metrics"]["after_asked"] == 0.5
+    assert done["judged"]["asked"] == {"share": 0.5, "low": pytest.approx(0.0945, abs=1e-3),
+                                       "high": pytest.approx(0.9055, abs=1e-3), "met": 1, "of": 2}  # fmt: skip
+    assert done["judged"]["length"] == {"value": 3.0}
+    assert seen == [None, 50, 50, None] or seen == [50, 50, None, None], "along the way, and all on finished models"
+    report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
+    assert "asked against steps" in report
+
+
+# --- saving and loading
+
+
+def test_full_training_and_what_transformers_loads(base, tmp_path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    base.train(STORIES, "pretrain", **SHORT)
+    folder = base.save(tmp_path / "full")
+    theirs = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    assert same(weights(base), theirs)
+    base.attach("lora", r=2)
+    base.save(tmp_path / "adapter")
+    config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text(encoding="utf-8"))
+    assert config["base_model_name_or_path"] == str(folder), "its base lies there already"
+    assert not (tmp_path / "adapter-base").exists()
+
+
+def test_merge(saved, tmp_path) -> None:
+    model = trivium.load(saved).attach("lora", r=4)
+    model.train(REQUESTS, "sft", **SHORT)
+    answer = model.generate(ASKED, 12)
+    folder = model.merge().save(tmp_path / "merged")
+    again = trivium.load(folder)
+    assert again.method == {"name": "full"}
+    assert again.generate(ASKED, 12) == answer
+    assert [link["stage"] for link in again.lineage][-2:] == ["sft", "merge"]
+    bottleneck = trivium.load(saved).attach("bottleneck", r=4)
+    with pytest.raises(trivium.UserError, match="merge"):
+        bottleneck.merge()
+
+
+def test_nothing_of_others_is_overwritten(saved, tmp_path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear", encoding="utf-8")
+    model = trivium.load(saved)
+    for place in (tmp_path / "mine", tmp_path / "mine" / "letter.txt"):
+        with pytest.raises(trivium.UserError, match="in the way"):
+            model.save(place)
+    assert (tmp_path / "mine" / "letter.txt").read_text(encoding="utf-8") == "dear"
+    model.save(tmp_path / "out")
+    model.save(tmp_path / "out")  # its own, again
+
+
+# --- generating and evaluating
+
+
+def test_generate_takes_texts_messages_and_lists_of_them(saved) -> None:
+    model = trivium.load(saved)
+    said = [{"role": "user", "content": ASKED}]
+    one = model.generate(ASKED, 8)
+    assert isinstance(one, str)
+    assert model.generate(said, 8) == one
+    assert model.generate([ASKED, said, "Hello"], 8) == [one, one, model.generate("Hello", 8)]
+    assert model.generate([], 8) == []
+    assert model.generate("Once upon", 8, raw=True) != ""
+    assert model.generate(ASKED, 8, temperature=1.0, seed=3) == model.generate(ASKED, 8, temperature=1.0, seed=3)
+
+
+def test_evaluate_is_what_training_reports(saved) -> None:
+    model = trivium.load(saved)
+    report = model.train(REQUESTS[:40], "sft", eval_rows=REQUESTS[40:], **SHORT)
+    found = model.evaluate(REQUESTS[40:])
+    assert found["loss"] == pytest.approx(report["metrics"]["after_loss"], rel=1e-5)
+    assert found["bits_per_byte"] == pytest.approx(report["metrics"]["after_bits_per_byte"], rel=1e-5)
+    assert model.evaluate(STORIES[:10], "pretrain")["loss"] > 0
+
+
+# --- mistakes
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda m: m.train([], "sft"), ["no rows in rows"]),
+        (lambda m: m.train([{"x": 1}], "sft"), ["rows:1", "messages"]),
+        (lambda m: m.train(["text"], "pretrain"), ["rows:1", "mapping", "str"]),
+        (lambda m: m.train({"text": "x"}, "pretrain"), ["dict is no list of rows"]),
+        (lambda m: m.train(REQUESTS, "sfft"), ["no such stage", "did you mean 'sft'"]),
+        (lambda m: m.train(REQUESTS, lerning_rate=1), ["unknown key lerning_rate", "did you mean 'learning_rate'"]),
+        (lambda m: m.train(REQUESTS, beta=1.0), ["beta", "pairs"]),
+        (lambda m: m.train("nowhere.jsonl"), ["no such file", "nowhere.jsonl"]),
+        (lambda m: m.train(REQUESTS, dtype="bfloat16"), ["dtype", "float32", "load()"]),
+        (lambda m: m.train(REQUESTS, max_length=4096), ["max_length", "512"]),
+        (lambda m: m.train("rows.jsonl", eval_rows=REQUESTS), ["eval_rows"]),
+        (lambda m: m.attach("lorra"), ["no method 'lorra'", "lora"]),
+        (lambda m: m.attach("lora", rank=3), ["rank", "lora"]),
+        (lambda m: m.attach("full"), ["full is no adapter"]),
+        (lambda m: m.attach("lora").attach("lora"), ["adapter already", "merge()"]),
+        (lambda m: m.attach("lora").train(REQUESTS, method="bottleneck"), ["another adapter", "merge()"]),
+        (lambda m: m.evaluate(PAIRS, "preference"), ["compared with a parent"]),
+        (lambda m: m.evaluate([]), ["no rows in rows"]),
+        (lambda m: trivium.load("nowhere/at/all"), ["no such model folder"]),
+        (lambda m: trivium.load("x/y", device="cudda"), ["device", "cudda"]),
+        (lambda m: trivium.run({"name": "x"}), ["model is missing"]),
+        (lambda m: trivium.run("nowhere.yaml"), ["nowhere.yaml: no such recipe"]),
+        (lambda m: trivium.new(STORIES, vocab_size=400, hiden_size=3), ["hiden_size", "did you mean 'hidden_size'"]),
+        (lambda m: trivium.new([{"x": 1}]), ["no text"]),
+    ],
+)  # fmt: skip
+def test_a_mistake_is_a_user_error_with_a_remedy(call, says, saved, tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(trivium.UserError) as error:
+        call(trivium.load(saved))
+    text = str(error.value)
+    assert all(piece in text for piece in says), text
+    assert len(text.splitlines()) <= 3
+    assert error.value.remedy
