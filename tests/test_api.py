@@ -192,6 +192,10 @@ def test_generate_takes_texts_messages_and_lists_of_them(saved) -> None:
     assert model.generate([ASKED, said, "Hello"], 8) == [one, one, model.generate("Hello", 8)]
     assert model.generate([], 8) == []
     assert model.generate("Once upon", 8, raw=True) != ""
+    several = model.generate([ASKED, "Hello"], 8, temperature=1.0, seed=3, samples=3)
+    assert [len(answers) for answers in several] == [3, 3]
+    assert several[0] == model.generate(ASKED, 8, temperature=1.0, seed=3, samples=3)
+    assert several[0][0] == model.generate(ASKED, 8, temperature=1.0, seed=3)
     assert model.generate(ASKED, 8, temperature=1.0, seed=3) == model.generate(ASKED, 8, temperature=1.0, seed=3)
 
 

@@ -192,10 +192,12 @@ class Model:
 
     def generate(
         self, prompt: Prompt | Sequence[Prompt], max_new_tokens: int = 256, *, temperature: float = 0.0, seed: int = 0,
+        samples: int = 1,
         raw: bool = False,
     ) -> Any:  # fmt: skip
         """The answer to a prompt, a text or a list of messages; for a list of prompts, a list of answers.
 
+        ``samples`` answers to each prompt, drawn with a temperature above 0, make each a list of answers.
         ``raw`` continues a text as it stands, without the chat template. Temperature 0 is always the likeliest token.
         """
         one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
@@ -206,7 +208,9 @@ class Model:
             talker.prompt([{"role": "user", "content": p}] if isinstance(p, str) else [dict(m) for m in p])
             for p in prompts
         ]  # fmt: skip
-        found = talker.answers_to(ids, max_new_tokens, temperature, seed)
+        found: list[Any] = talker.answers_to(ids, max_new_tokens, temperature, seed, samples)
+        if samples > 1:
+            found = [found[at : at + samples] for at in range(0, len(found), samples)]
         return found[0] if one else found
 
     def evaluate(self, rows: Rows, stage: str = "sft", **settings: Any) -> dict[str, float]:

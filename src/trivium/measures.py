@@ -59,7 +59,8 @@ class Measures:
         if not (self.exam.prompts or self.exam.texts or self.judge):
             return
         found = self.known.get(name)
-        if found is None or found.get("identity") != identity or self.judge is not None:
+        judge = None if self.judge is None else getattr(self.judge, "key", object())
+        if found is None or found.get("identity") != identity or found.get("judge") != judge:
             found = self._measured(identity, source, stage, changes)
         self.found["models"][name] = found
         if found != self.known.get(name):
@@ -73,7 +74,7 @@ class Measures:
         talker = Talker.open(source, stage.device, stage.dtype, changes)
         found: dict[str, Any] = {"identity": identity, **self.exam.take(talker)}
         if self.judge is not None:
-            found["judged"] = judged(self.judge(talker, None))
+            found |= {"judged": judged(self.judge(talker, None)), "judge": getattr(self.judge, "key", "")}
         found["seconds"] = time.perf_counter() - started
         told = [f"{found['bits_per_byte']:.4f} bits per byte of the run's text"] if found["bits_per_byte"] else []
         told += [f"{len(self.exam.prompts)} prompts answered"] if self.exam.prompts else []

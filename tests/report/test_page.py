@@ -78,8 +78,9 @@ def test_it_shows_what_the_run_has(make_run):
     labels = [str(a["aria-label"]) for a in charts]
     assert labels == [
         "Lineage of try", "Judged answers of base", "Judged answers of chat", "Judged answers of aligned",
+        "met against steps, pretrain", "met against steps, sft", "met against steps, preference",
         "Loss of base", "Accuracy of base", "Loss of chat", "Accuracy of chat", "Loss of aligned",
-        "Accuracy of aligned", "met against steps",
+        "Accuracy of aligned",
     ]  # fmt: skip
     boxes = [a for t, a in reader.tags if t == "rect" and "box" in str(a.get("class"))]
     assert len(boxes) == 4

@@ -11,17 +11,18 @@ from typing import TYPE_CHECKING, Any
 from trivium.chain import run_recipe
 from trivium.demo import world
 from trivium.demo.checker import check
-from trivium.files import make_folder, write_json
+from trivium.demo.own_pairs import MOST_TOKENS, own_pairs
+from trivium.files import make_folder, read_json, sha256_json, write_json, write_text
 from trivium.recipe_file import parse_recipe
 from trivium.report.write import REPORT
 from trivium.summary import SUMMARY, aligned, table
-from trivium.train.log import clock
+from trivium.train.log import clock, say
 
 if TYPE_CHECKING:
     from trivium.evaluate.judge import Judge, Verdict
     from trivium.talk import Talker
 
-MOST_TOKENS = 160  # of an answer
+PARENT = "sft_lora"  # of the preference stage
 MET = "requests met"
 ATTRIBUTES = ("name", "place", "toy", "end", "answer", "begun", "spelled", "finished", "unrepeated")
 
@@ -30,11 +31,14 @@ def run_demo(out: Path, seed: int) -> dict[str, Any]:
     """Write the world, carry out the recipe, judge every model's answers by program; returns the summary."""
     started = time.perf_counter()
     data = make_folder(out / "data")
-    world.write(data, seed)
+    world.write(data, seed, pairs=0)
     text = resources.files("trivium.demo").joinpath("recipe.yaml").read_text(encoding="utf-8")
     recipe = parse_recipe(text, out / "recipe.yaml", [f"seed={seed}"])
     rows = [json.loads(line) for line in (data / "held_out.jsonl").read_text(encoding="utf-8").splitlines()]
-    summary = run_recipe(recipe, out, judge=judge_of(rows))
+    judge = judge_of(rows)
+    run_recipe(recipe, out, until=recipe.stages[-2].name, judge=judge)
+    _sample_pairs(out, seed)
+    summary = run_recipe(recipe, out, judge=judge)
     judged = {stage["name"]: stage["judged"] for stage in summary["stages"]}
     summary["requests_met"] = {name: found[MET]["share"] for name, found in judged.items()}
     write_json(out / SUMMARY, summary)
@@ -46,6 +50,20 @@ def run_demo(out: Path, seed: int) -> dict[str, Any]:
     print("  trivium run recipes/tinystories.yaml    # the same on your own data: it says how")
     print("  trivium run recipes/smollm2.yaml        # the last two steps on a real model")
     return summary
+
+
+def _sample_pairs(out: Path, seed: int) -> None:
+    """``data/pairs.jsonl``, out of the parent's own answers; kept where this parent has been sampled before."""
+    parent = read_json(out / PARENT / "trivium.json")["identity"]
+    pairs, made = out / "data" / "pairs.jsonl", out / "data" / "pairs-made.json"
+    if pairs.is_file() and made.is_file() and read_json(made) == {"parent": parent, "seed": seed}:
+        return
+    started = time.perf_counter()
+    rows = own_pairs(out / PARENT, seed)
+    write_text(pairs, "".join(json.dumps(row) + "\n" for row in rows))
+    write_json(made, {"parent": parent, "seed": seed})
+    spent = clock(time.perf_counter() - started)
+    say(f"{len(rows)} preference pairs from {PARENT}'s own answers, judged by program, {spent}")
 
 
 def judge_of(requests: list[dict[str, Any]]) -> Judge:
@@ -62,6 +80,7 @@ def judge_of(requests: list[dict[str, Any]]) -> Judge:
                 found[name] = (sum(asked), len(asked))
         return found
 
+    judge.key = sha256_json(requests)  # type: ignore[attr-defined]  # what was judged so before need not be again
     return judge
 
 

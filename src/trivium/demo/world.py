@@ -131,10 +131,15 @@ TABLES: dict[str, Callable[[int, int], Iterator[Row]]] = {
 def write(
     folder: Path, seed: int, stories: int = 20_000, requests: int = 4_000, pairs: int = 3_000, held_out: int = 200
 ) -> None:
-    """Write ``stories``, ``requests``, ``pairs`` and, as many as ``held_out``, ``held_out`` and ``valid`` (.jsonl)."""
+    """Write ``stories``, ``requests``, ``pairs`` and, as many as ``held_out``, ``held_out`` and ``valid`` (.jsonl).
+
+    A table of no rows is not written.
+    """
     sizes = {"stories": stories, "requests": requests, "pairs": pairs, "held_out": held_out, "valid": held_out}
     files.make_folder(folder)
     for name, rows in TABLES.items():
+        if not sizes[name]:
+            continue
         lines = (json.dumps(row) + "\n" for row in rows(sizes[name], seed))
         files.write_text(folder / f"{name}.jsonl", "".join(lines))
 

@@ -24,7 +24,10 @@ Verdict = tuple[int, int] | float
 
 
 class Judge(Protocol):
-    """Looks at a model's answers, at most ``most`` of them (None: all)."""
+    """Looks at a model's answers, at most ``most`` of them (None: all).
+
+    Its attribute ``key``, if it has one, tells what it asks: a model that was judged under this key is not asked again.
+    """
 
     def __call__(self, talker: Talker, most: int | None) -> Mapping[str, Verdict]: ...
 

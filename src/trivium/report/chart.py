@@ -29,17 +29,18 @@ class Series:
     faint: bool = False
 
 
-def line_chart(series: Sequence[Series], x: str, y: str, title: str, unit: str = "", zero: bool = False) -> str:
+def line_chart(series: Sequence[Series], x: str, y: str, title: str, unit: str = "", whole: bool = False) -> str:
     """The curves on common axes, with a legend under them; "" where no curve has a point.
 
-    ``unit`` "%" shows shares as percentages; ``zero`` lets the y axis begin at 0.
+    ``unit`` "%" shows shares as percentages; ``whole`` lets the y axis go from 0 to 1, at least.
     """
     drawn = [Series(s.name, thinned(finite(s.points)), s.colour, s.faint) for s in series if finite(s.points)]
     if not drawn:
         return ""
     xs = [p[0] for s in drawn for p in s.points]
     ys = [p[1] for s in drawn for p in s.points]
-    x_ticks, y_ticks = ticks(min([0.0, *xs]), max(xs), 5), ticks(min([0.0, *ys] if zero else ys), max(ys), 5)
+    span = [0.0, 1.0, *ys] if whole else ys
+    x_ticks, y_ticks = ticks(min([0.0, *xs]), max(xs), 5), ticks(min(span), max(span), 5)
     place = _Scale(x_ticks[0], max(xs), y_ticks[0], max(y_ticks[-1], max(ys)))
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" class="chart" role="img" aria-label="{escape(title)}">']
     for value in y_ticks:

@@ -23,7 +23,8 @@ def colours(runs: list[RunView]) -> dict[tuple[str, str], str]:
 
 
 def charts(runs: list[RunView]) -> list[dict[str, Any]]:
-    """The loss of every stage, with the held-out loss on it; stages of one name on one chart; then what was judged."""
+    """What was judged along the way; then the loss of every stage, with the held-out loss on it. Stages of one name
+    are on one chart."""
     found: list[dict[str, Any]] = []
     tints = colours(runs)
     stages = [(run, stage) for run in runs for stage in run.stages]
@@ -42,21 +43,29 @@ def charts(runs: list[RunView]) -> list[dict[str, Any]]:
                              tints[str(run.folder), name]) for run, stage in alike]  # fmt: skip
             svg = line_chart(series, "optimizer step", "pairs ranked right", f"Accuracy of {name}", "%")
             found.append(_figure(name, "share of held-out pairs whose chosen answer gained more", svg))
-    return [f for f in found if f["svg"]] + _along_the_way(stages, tints, len(runs) > 1)
+    return [f for f in [*_along_the_way(stages, tints, len(runs) > 1), *found] if f["svg"]]
 
 
 def _along_the_way(stages: list[tuple[RunView, StageView]], tints: Any, several: bool) -> list[dict[str, Any]]:
-    """What a judge saw during training, a chart for its first verdict (the one that sums up the others)."""
+    """What a judge saw during training: its first verdict, which sums up the others. A chart per kind of stage."""
     first = next((key for _, stage in stages for key in stage.judged_keys()), None)
-    if first is None:
-        return []
-    series = [
-        Series(f"{run.label}: {stage.name}" if several else stage.name, stage.points(f"eval_{first}"),
-               tints[str(run.folder), stage.name])
-        for run, stage in stages
-    ]  # fmt: skip
-    svg = line_chart(series, "optimizer step of its own stage", first, f"{first} against steps", "%", zero=True)
-    return [_figure(f"{first} against steps", "a sample of held-out requests, answered during training", svg)]
+    found = []
+    for kind in dict.fromkeys(stage.record["stage"] for _, stage in stages):
+        series = [
+            Series(
+                f"{run.label}: {stage.name}" if several else stage.name,
+                stage.points(f"eval_{first}"),
+                tints[str(run.folder), stage.name],
+            )
+            for run, stage in stages
+            if stage.record["stage"] == kind
+        ]
+        share = "%" if all("share" in s.measured.get("judged", {}).get(first, {"share": 0}) for _, s in stages) else ""
+        svg = line_chart(
+            series, "optimizer step", str(first), f"{first} against steps, {kind}", share, whole=bool(share)
+        )
+        found.append(_figure(f"{first} against steps", f"{kind}; a sample of requests, answered during training", svg))
+    return found
 
 
 def judged_charts(runs: list[RunView]) -> list[dict[str, Any]]:

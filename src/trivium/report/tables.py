@@ -29,10 +29,10 @@ def facts(run: RunView) -> list[tuple[str, str]]:
 
 def cost_rows(runs: list[RunView]) -> dict[str, Any]:
     """The cost-and-quality table: ``head`` and ``rows`` of text; columns that no stage fills are left out."""
-    head = ["stage", "method", "trained parameters", "seconds", "tokens/s", "peak memory", "on disk"]
+    head = ["stage", "method", "trained", "seconds", "tokens/s", "peak memory", "on disk"]
     head += ["held-out loss", "accuracy"]
     keys = list(dict.fromkeys(key for run in runs for stage in run.stages for key in stage.judged_keys()[:1]))
-    head += [*keys, "bits per byte of text"]
+    head += [*keys, "bits per byte"]
     tints = colours(runs)
     rows = []
     for run in runs:
