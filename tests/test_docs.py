@@ -15,6 +15,7 @@ import pytest
 import yaml
 from typer.main import get_command
 
+import trivium
 from trivium.chain import run_recipe
 from trivium.cli.main import app
 from trivium.demo import world
@@ -101,6 +102,20 @@ def test_the_readmes_recipes_run(folder: Path) -> None:
                 stage.setdefault("from", "small")
         summary = run_recipe(parse_recipe(yaml.safe_dump(recipe), folder / "recipe.yaml"), folder / f"out{number}")
         assert [s["name"] for s in summary["stages"]] == [s["name"] for s in recipe["stages"]]
+
+
+def test_the_readmes_python_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    rows, pairs = (
+        [json.loads(line) for line in (folder / f"my_{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        for name in ("chats", "pairs")
+    )
+    sizes = {k: v for k, v in TINY.items() if k not in ("architecture", "vocab_size")}
+    trivium.new(rows=[{"text": "Once upon a time."}], vocab_size=400, **sizes).save(folder / "small")
+    (block,) = blocks("README.md", "python")
+    block = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "small").replace("max_steps=30", "max_steps=1")
+    exec(block, {"rows": rows, "pairs": pairs})
+    assert (folder / "my-adapter" / "adapter_model.safetensors").is_file()
 
 
 def test_the_readmes_commands_exist() -> None:

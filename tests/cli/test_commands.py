@@ -19,12 +19,12 @@ COMMAND = [sys.executable, "-c", "from trivium.cli.main import main; main()"]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "100", "TERM": "xterm"}
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["generate"], ["chat"], ["inspect"]])
+@pytest.mark.parametrize("command", [[], ["run"], ["demo"], ["generate"], ["chat"], ["inspect"], ["report"]])
 def test_help(command, trivium):
     done = trivium(*command, "--help")
     assert done.code == 0
     assert "Usage:" in done.out
-    listed = ["run", "generate", "chat", "inspect"] if not command else ["--help"]
+    listed = ["run", "generate", "chat", "inspect", "report"] if not command else ["--help"]
     assert all(word in done.out for word in listed)
     assert done.err == ""
 
@@ -52,6 +52,45 @@ def test_wrong_use_is_exit_code_2(arguments, trivium):
     assert done.code == 2
     assert "Usage:" in done.err
     assert "Traceback" not in done.err
+
+
+# --- report
+
+
+def test_report(walk, trivium, tmp_path, monkeypatch):
+    import shutil
+
+    monkeypatch.chdir(tmp_path)
+    one, two = (Path(shutil.copytree(walk.folder, tmp_path / name)) for name in ("one", "two"))
+    (one / "report.html").unlink()
+    done = trivium("report", one)
+    assert (done.code, done.out, done.err) == (0, f"{one / 'report.html'}\n", "")
+    assert (one / "report.html").is_file()
+    done = trivium("report", one, two)
+    assert (done.code, done.out) == (0, "report.html\n")
+    assert "one against two" in (tmp_path / "report.html").read_text(encoding="utf-8")
+    done = trivium("report", one, "--out", tmp_path / "new" / "x.html")
+    assert done.code == 0
+    assert (tmp_path / "new" / "x.html").is_file()
+
+
+@pytest.mark.parametrize("runs", [["nowhere"], ["one", "one"], ["."]])
+def test_report_of_what_is_no_run(runs, walk, trivium, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one").symlink_to(walk.folder)
+    done = trivium("report", *runs, "--out", tmp_path / "x.html")
+    assert done.code == 2
+    assert done.err.startswith("error: ")
+    assert len(done.err.splitlines()) == 2
+    assert not (tmp_path / "x.html").exists()
+
+
+def test_a_report_of_every_run(walk):
+    page = (walk.folder / "report.html").read_text(encoding="utf-8")
+    for name in ("base", "chat", "aligned", "tutor", "judged", "whole", "again"):
+        assert f"Loss of {name}" in page
+    assert page.count('<div class="answer ') == 3 * 7, "three prompts, seven models"
+    assert "The same prompts, after each step" in page
 
 
 # --- inspect
