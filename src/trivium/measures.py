@@ -77,7 +77,8 @@ class Measures:
             found |= {"judged": judged(self.judge(talker, None)), "judge": getattr(self.judge, "key", "")}
         found["seconds"] = time.perf_counter() - started
         told = [f"{found['bits_per_byte']:.4f} bits per byte of the run's text"] if found["bits_per_byte"] else []
-        told += [f"{len(self.exam.prompts)} prompts answered"] if self.exam.prompts else []
+        asked = len(self.exam.prompts)
+        told += [f"{asked} prompt{'s' * (asked > 1)} answered"] if asked else []
         say(f"  measured: {', '.join([*told, clock(found['seconds'])])}")
         return found
 
@@ -88,7 +89,8 @@ def _read(file: Path) -> dict[str, Any]:
         found = read_json(file) if file.is_file() else {}
     except ModelError:
         return {}
-    return found if isinstance(found, dict) and isinstance(found.get("models"), dict) else {}
+    models = found.get("models") if isinstance(found, dict) else None
+    return found if isinstance(models, dict) and all(isinstance(m, dict) for m in models.values()) else {}
 
 
 def exam_of(recipe: Recipe, stages: list[Stage]) -> Exam:

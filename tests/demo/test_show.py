@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from trivium.demo import show, world
+from trivium.demo import own_pairs, show, world
 from trivium.recipe_file import parse_recipe
 
 NAMES = ["base", "sft_full", "sft_lora", "sft_bottleneck", "preference"]
@@ -23,9 +23,12 @@ def small(monkeypatch):
     write = world.write
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    monkeypatch.setattr(world, "write", lambda folder, seed: write(folder, seed, 40, 30, 40, 12))
+    monkeypatch.setattr(world, "write", lambda folder, seed, pairs: write(folder, seed, 40, 30, pairs, 12))
     monkeypatch.setattr(show, "parse_recipe", lambda text, path, given: parse_recipe(text, path, [*given, *SMALL]))
-    monkeypatch.setattr(show, "MOST_TOKENS", 5)
+    for module in (show, own_pairs):
+        monkeypatch.setattr(module, "MOST_TOKENS", 5)
+    monkeypatch.setattr(own_pairs, "QUESTIONS", 8)
+    monkeypatch.setattr(own_pairs, "STORIES", 12)
     yield
     torch.set_num_threads(threads)
 
@@ -61,9 +64,14 @@ def test_the_demo(small, tmp_path, capsys):
 
 def test_the_demos_second_run_trains_nothing(small, tmp_path, capsys):
     first = show.run_demo(tmp_path / "demo", seed=3)
-    capsys.readouterr()
+    assert "20 preference pairs from sft_lora's own answers" in capsys.readouterr().err
+    pairs = (tmp_path / "demo" / "data" / "pairs.jsonl").read_bytes()
     assert show.run_demo(tmp_path / "demo", seed=3) == first
-    assert capsys.readouterr().err.count("not run again") == len(NAMES)
+    said = capsys.readouterr().err
+    assert said.count("not run again") == 2 * len(NAMES) - 1
+    assert "own answers" not in said
+    assert "measured" not in said
+    assert (tmp_path / "demo" / "data" / "pairs.jsonl").read_bytes() == pairs
 
 
 def test_the_judge_counts_what_the_checker_says():

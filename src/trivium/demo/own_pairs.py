@@ -16,7 +16,7 @@ from trivium.demo import world
 from trivium.demo.checker import check
 
 SAMPLES = 4  # answers to each prompt, at temperature 1
-QUESTIONS, STORIES = 500, 250  # prompts: more on what is hard; without stories, these would be forgotten
+QUESTIONS, STORIES = 700, 200  # prompts: more on what is hard; without stories, these would be forgotten
 MOST_TOKENS = 160
 
 

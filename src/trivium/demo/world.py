@@ -32,9 +32,9 @@ from trivium.demo.plots import ANNOUNCEMENTS, ENDINGS, OPENINGS, PLOTS
 from trivium.demo.words import GIRLS, PLACES, PRONOUNS, SLOTS
 
 WORDS = (40, 90)  # the fewest and the most words of a story, its title not counted
-TITLED = 0.8  # of the stories that pretrain
-WITH_TOY = 0.5  # of titles and requests
-SPARE = 0.2  # how often a story has a step that it could do without
+TITLED = 0.9  # of the stories that pretrain
+WITH_TOY = 0.5  # of requests; titles always name the toy
+SPARE = 0.1  # how often a story has a step that it could do without
 HELD_OUT = 8  # one in so many (name, place, end) is held out
 
 Row = dict[str, Any]
@@ -61,10 +61,10 @@ def stories(n: int, seed: int, *, held_out: bool = False) -> Iterator[Row]:
     """``n`` rows ``{"text"}``; most open with a title line. ``held_out`` tells of what no training row tells of."""
     rng = _stream("stories", seed)
     for _ in range(n):
-        asked = _asked(_wish(rng, held_out), rng)
-        text = _tell(asked, rng)
+        told = _worded(_wish(rng, held_out), with_toy=True)
+        text = _tell(told, rng)
         if rng.random() < TITLED:
-            text = _fill("Title: {who} {at}, a {end} end\n", asked) + text
+            text = _fill("Title: {who} {at}, a {end} end\n", told) + text
         yield {"text": text}
 
 
