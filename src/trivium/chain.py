@@ -19,7 +19,7 @@ from trivium.report.write import REPORT, write_report
 from trivium.stages import resolve
 from trivium.start import Link, add_tokens, data_hashes, given_method, is_start, new_start, overrides, start_of
 from trivium.summary import SHOWN, SUMMARY, stage_identity, stage_record, summary_of
-from trivium.train.log import clock, say, size
+from trivium.train.log import clock, say, shown, size
 from trivium.train.track import check_tracker, open_tracker
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def _stage(
         data = {"paths": stage.data, **data}
         record = stage_record(stage, parent, final, identity, base(), data, report)
         write_json(partial / "trivium.json", record)
-    say(f"  saved {final} ({size(record['bytes_on_disk'])}, {clock(time.perf_counter() - started)})")
+    say(f"  saved {shown(final)} ({size(record['bytes_on_disk'])}, {clock(time.perf_counter() - started)})")
     return record
 
 
@@ -185,5 +185,5 @@ def written_base(model: Any, folder: Path) -> Path:
 
     with whole_folder(folder) as partial, clear_errors(folder):
         save_model(model, partial, chat_template(model.tokenizer))
-    say(f"  the frozen base is written to {folder}")
+    say(f"  the frozen base is written to {shown(folder)}")
     return folder

@@ -24,11 +24,16 @@ def check_data(stage: Stage) -> None:
 
 def check_texts(recipe: Recipe) -> None:
     """The text that all models are measured on is there; raises DataError."""
-    if recipe.eval_text is not None:
-        from trivium.data.hub import local
-        from trivium.data.rows import files_of
+    if recipe.eval_text is None:
+        return
+    from trivium.data.hub import local
+    from trivium.data.rows import BadRow, read_rows
 
-        files_of(local(recipe.eval_text))
+    rows = (row for row in read_rows(local(recipe.eval_text)) if not isinstance(row, BadRow))
+    if not any(isinstance(row.value.get("text"), str) and row.value["text"].strip() for row in rows):
+        raise DataError(
+            f"eval_text: no row of {recipe.eval_text} has a text", 'give rows like {"text": "..."}, or .txt'
+        )
 
 
 def check_sizes(recipe: Recipe) -> None:

@@ -110,7 +110,9 @@ def exam_of(recipe: Recipe, stages: list[Stage]) -> Exam:
         prompts = tuple(({"role": "user", "content": p},) for p in recipe.prompts)
     else:
         ranked = sorted(stages, key=lambda s: ("conversation", "pair", "text").index(STAGES[s.stage].rows))
-        prompts = prompts_from(rows(ranked[0])[0], STAGES[ranked[0].stage].rows, rows(ranked[0])[1])
+        sources, share = rows(ranked[0])
+        kind = STAGES[ranked[0].stage].rows
+        prompts = prompts_from(sources, kind, share) or prompts_from(sources, kind, None)
     texts: tuple[str, ...] = ()
     reads = [s for s in stages if STAGES[s.stage].rows == "text"]
     if recipe.eval_text is not None:

@@ -87,6 +87,9 @@ class Stage(Strict):
     method: dict[str, Any] | None = Field(None, description="name: full, lora or bottleneck, and its settings.")
     loss: str | None = Field(None, description="The objective: next_token or dpo.")
     beta: float | None = Field(None, gt=0, description="DPO's beta: how strongly it holds on to its parent.")
+    sft_weight: float | None = Field(
+        None, ge=0, description="Weight of next-token prediction on the chosen answer, beside the preference loss."
+    )
 
     @field_validator("stage")
     @classmethod
@@ -132,9 +135,9 @@ class Stage(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Stage:
-        numbers = (self.learning_rate, self.beta, self.epochs, self.weight_decay, self.max_grad_norm)
-        if any(n is not None and not math.isfinite(n) for n in numbers):
-            raise ValueError("learning_rate, beta, epochs, weight_decay and max_grad_norm are finite numbers")
+        names = ("learning_rate", "beta", "sft_weight", "epochs", "weight_decay", "max_grad_norm")
+        if any(n is not None and not math.isfinite(n) for n in (getattr(self, name) for name in names)):
+            raise ValueError(f"{', '.join(names[:-1])} and {names[-1]} are finite numbers")
         for one, other in (("epochs", "max_steps"), ("batch_size", "batch_tokens")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"{one} and {other} contradict each other: give one of them")
@@ -142,8 +145,9 @@ class Stage(Strict):
         wanted = [name for name, entry in OBJECTIVES.items() if rows in entry.rows]
         if self.loss is not None and self.loss not in wanted:
             raise ValueError(f"loss: a {self.stage} stage has {' or '.join(wanted)}, not {self.loss}")
-        if self.beta is not None and rows != "pair":
-            raise ValueError("beta: only a stage that learns from pairs has one")
+        for name in ("beta", "sft_weight"):
+            if getattr(self, name) is not None and rows != "pair":
+                raise ValueError(f"{name}: only a stage that learns from pairs has one")
         if self.train_on is not None and rows != "conversation":
             raise ValueError("train_on: only a stage that learns from conversations has one")
         full = self.method is None or self.method["name"] == "full"

@@ -29,7 +29,7 @@ def prove_start(goal: Objective, model: LanguageModel, reference: Any, examples:
     if goal.at_start is None:
         return
     forest = lay_out(sorted(examples, key=lambda e: e.tokens)[:2]).to(model.device)
-    loss = evaluate(goal, model.logprob, reference, [forest])["loss"]
+    loss = evaluate(goal, model.logprob, reference, [forest])[goal.at_start_of]
     allowed = 5 * TOLERANCE[model.dtype].mean
     if not abs(loss - goal.at_start) <= allowed:
         raise ModelError(

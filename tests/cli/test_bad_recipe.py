@@ -73,6 +73,11 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "batch_size and batch_tokens": (changed(base={"batch_tokens": 64}), ["batch_size and batch_tokens contradict"]),
     "a loss that does not fit": (changed(chat={"loss": "dpo"}), ["stages.chat", "next_token, not dpo"]),
     "beta without pairs": (changed(chat={"beta": 0.1}), ["stages.chat", "beta"]),
+    "track": (changed(track="tensorbord"), ["track", "'tensorboard'"]),
+    "prompts": (changed(prompts="x"), ["prompts", "list"]),
+    "eval_text that is not there": (changed(eval_text="nowhere.jsonl"), ["nowhere.jsonl", "no such file"]),
+    "eval_text without text": (changed(eval_text="chats.jsonl"), ["eval_text", "chats.jsonl", "no row"]),
+    "sft_weight without pairs": (changed(chat={"sft_weight": 1.0}), ["stages.chat", "sft_weight", "pairs"]),
     "train_on without conversations": (changed(base={"train_on": "all"}), ["stages.base", "train_on"]),
     "muon with an adapter": (changed(chat={"optimizer": "muon"}), ["stages.chat", "muon is for full training"]),
     "muon with an inherited adapter": (

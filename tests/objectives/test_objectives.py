@@ -136,6 +136,24 @@ def test_dpo_on_a_batch_by_hand():
     assert dpo({"beta": 0.5}).weight(forest) == 2.0
 
 
+def test_dpo_with_next_token_prediction_on_the_chosen_answers_by_hand():
+    forest = lay_out([preference([1, 2], [3, 4], [5]), preference([1], [2], [3, 4])])
+    logprob = torch.tensor([-1.0, -2.0, -0.5, -1.0, -3.0, -1.0], requires_grad=True)
+    parent = torch.tensor([-1.5, -2.5, -1.5, -1.0, -1.0, -1.0])
+    goal = objective({"loss": "dpo", "beta": 0.5, "sft_weight": 2.0})
+    plain = dpo({"beta": 0.5}).compute(logprob, forest, parent)
+    found = goal.compute(logprob, forest, parent)
+    sft = (1.0 + 2.0) / 2 + 1.0 / 1  # per token of each chosen answer
+    assert float(found.sum.detach()) == pytest.approx(float(plain.sum.detach()) + 2 * sft)
+    assert float(found.stats["preference_loss"]) == pytest.approx(float(plain.sum.detach()))
+    assert float(found.stats["sft_loss"]) == pytest.approx(sft)
+    (more,) = torch.autograd.grad(found.sum - plain.sum, logprob)
+    assert more.tolist() == pytest.approx([-1.0, -1.0, 0, -2.0, 0, 0], abs=1e-6)
+    assert (goal.name, goal.at_start_of) == ("dpo(beta=0.5, sft_weight=2)", "preference_loss")
+    start = goal.compute(logprob, forest, logprob.detach())
+    assert float(start.stats["preference_loss"]) / goal.weight(forest) == pytest.approx(goal.at_start)
+
+
 def test_dpo_starts_at_ln_2_and_does_not_overflow():
     goal = objective({"loss": "dpo", "beta": 0.3})
     assert (goal.at_start, goal.needs_reference) == (math.log(2), True)

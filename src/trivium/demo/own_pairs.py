@@ -2,8 +2,9 @@
 
 Pairs from elsewhere teach a model what it would never say. Its own answers, several to a prompt, show what it does
 say, and where one of them keeps the request and another does not, that is the pair to learn from (Stiennon et al.
-2020, section 3.1, with a checker in place of people). Measured here: 100 steps of DPO on such pairs met 5 points more
-of the held-out requests than the parent did, on made-up pairs 1 to 6 points fewer.
+2020, section 3.1, with a checker in place of people). Measured here, DPO on made-up pairs met 1 to 6 points fewer of
+the held-out requests than its parent did; on the model's own answers, with next-token prediction on the chosen ones
+beside it, 2 to 7 points more.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,9 +47,24 @@ def quiet() -> Iterator[None]:
     hf_logging.disable_progress_bar()
     for library in ("transformers", "huggingface_hub"):
         logging.getLogger(library).setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), _no_gguf_bar():
         warnings.simplefilter("ignore")
         yield
+
+
+@contextlib.contextmanager
+def _no_gguf_bar() -> Iterator[None]:
+    """The one progress bar of transformers that asks no setting of its: that of reading GGUF weights."""
+    module = sys.modules.get("transformers.modeling_gguf_pytorch_utils")
+    bar = getattr(module, "tqdm", None)
+    if bar is None:
+        yield
+        return
+    module.tqdm = lambda values, **_: values  # type: ignore[union-attr]
+    try:
+        yield
+    finally:
+        module.tqdm = bar  # type: ignore[union-attr]
 
 
 def load_base(source: str, dtype: str, device: str, overrides: dict[str, Any] | None = None) -> LanguageModel:

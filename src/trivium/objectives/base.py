@@ -29,8 +29,8 @@ class Result:
 class Objective:
     """``compute(logprob [K], forest, reference [K] or None)``; ``weight(forest)`` is the denominator's share.
 
-    ``at_start`` is its value per unit of weight before the first step, when the model still is its parent; None where
-    nothing can be said.
+    ``at_start`` is the value per unit of weight of its statistic ``at_start_of`` before the first step, when the model
+    still is its parent; None where nothing can be said.
     """
 
     name: str
@@ -38,6 +38,7 @@ class Objective:
     weight: Callable[[Forest], float]
     needs_reference: bool = False
     at_start: float | None = None
+    at_start_of: str = "loss"
 
 
 def per_sequence(values: Tensor, forest: Forest) -> Tensor:

@@ -42,6 +42,12 @@ def size(count: float) -> str:
     return f"{count:.1f} GB"
 
 
+def shown(path: Path) -> str:
+    """A path as a person would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
+
+
 class TrainingLog:
     """Keeps every step in ``rows`` and in ``file`` (``metrics.jsonl``), and shows where the stage is."""
 
