@@ -6,6 +6,7 @@ Only safetensors and GGUF weights are read: never pickle, never remote code.
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import socket
 import sys
@@ -76,6 +77,9 @@ def load_base(source: str, dtype: str, device: str, overrides: dict[str, Any] | 
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where, extra = locate(source)
+    if extra:
+        with contextlib.suppress(ImportError):  # before `quiet`, which hides the bar that is in it
+            importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     with quiet(), _clear_errors(source):
         config = AutoConfig.from_pretrained(where, **extra, trust_remote_code=False)
         saved = getattr(config, "dtype", None) if not extra else None
