@@ -132,12 +132,25 @@ def test_run_takes_overrides_until_and_a_judge(saved, tmp_path) -> None:
     assert done["judged"]["asked"] == {"share": 0.5, "low": pytest.approx(0.0945, abs=1e-3),
                                        "high": pytest.approx(0.9055, abs=1e-3), "met": 1, "of": 2}  # fmt: skip
     assert done["judged"]["length"] == {"value": 3.0}
-    assert seen == [None, 50, 50, None] or seen == [50, 50, None, None], "along the way, and all on finished models"
+    assert seen == [50, 50, None, None], "before, after, then all: on the given model and on the finished one"
     report = (tmp_path / "out" / "report.html").read_text(encoding="utf-8")
     assert "asked against steps" in report
 
 
 # --- saving and loading
+
+
+@pytest.mark.parametrize("method", [{"name": "lora", "r": 2}, {"name": "bottleneck", "r": 3}])
+def test_an_adapter_that_a_stage_has_hung_is_known_and_saved_as_what_it_is(saved, tmp_path, method) -> None:
+    model = trivium.load(saved)
+    model.train(REQUESTS, "sft", method=method, **SHORT)
+    assert {k: model.method[k] for k in method} == method
+    again = trivium.load(model.save(tmp_path / "tuned"))
+    assert {k: again.method[k] for k in method} == method
+    assert again.generate(ASKED, 12) == model.generate(ASKED, 12)
+    model.train(PAIRS, "preference", **SHORT)
+    assert model.method["name"] == method["name"]
+    assert model.lineage[-1]["method"] == method["name"]
 
 
 def test_full_training_and_what_transformers_loads(base, tmp_path) -> None:

@@ -23,12 +23,11 @@ from trivium.errors import DiskError, ModelError, RecipeError
 from trivium.evaluate.held_out import evaluate
 from trivium.evaluate.judge import Judge
 from trivium.files import clear_errors, sha256_json, whole_folder, write_json
-from trivium.folder import Opened, identity_of, open_folder, record_of, relative, save_model
+from trivium.folder import Opened, identity_of, open_folder, place, record_of, save
 from trivium.model.proof import prove
 from trivium.objectives import objective
 from trivium.peft import base as deltas
-from trivium.peft import folder as adapter
-from trivium.peft.settings import FullSettings, method_name, settings_for
+from trivium.peft.settings import FullSettings, method_name, settings_for, settings_of
 from trivium.recipe import Recipe, Stage
 from trivium.recipe_file import read_recipe, recipe_of
 from trivium.stage_data import InMemory, packed, stage_examples
@@ -36,7 +35,7 @@ from trivium.stage_proof import probe
 from trivium.stage_runner import StageRun, run_stage
 from trivium.stages import resolve
 from trivium.start import Link, data_hashes, fresh_model, link_of, tokenizer_from
-from trivium.summary import stage_identity, stage_record
+from trivium.summary import link_record, stage_identity, stage_record
 from trivium.talk import Talker
 from trivium.train.machine import pick_device, pick_dtype
 
@@ -150,23 +149,22 @@ class Model:
         Returns the stage's record: costs, metrics before and after, rows, proof, and the ``curve`` of every step. The
         model as it was before is the parent that preference tuning compares with. Raises a UserError.
         """
-        held = {"eval_data": 0} if eval_rows is not None and not isinstance(eval_rows, (str, Path)) else {}
-        paths = {"data": str(rows)} if isinstance(rows, (str, Path)) else {"data": "rows"}
-        if isinstance(eval_rows, (str, Path)):
-            paths["eval_data"] = str(eval_rows)
-        full = self._stage(stage, {**paths, **held, **settings})
+        in_files = isinstance(rows, (str, Path))
+        given: dict[str, Any] = {"data": str(rows) if in_files else "rows"}
+        if eval_rows is not None:
+            if isinstance(eval_rows, (str, Path)) != in_files:
+                raise RecipeError("rows and eval_rows: one in files, one in memory", "give both as files, or as rows")
+            given["eval_data"] = str(eval_rows) if in_files else 0
+        full = self._stage(stage, {**given, **settings})
         memory = None
-        if not isinstance(rows, (str, Path)):
-            memory = InMemory(_listed(rows), _listed(eval_rows, "eval_rows") if held else None)
-        elif held:
-            raise RecipeError("rows from a file, eval_rows in memory", "give both as files, or both as rows")
-        data = {"sha256": sha256_json([memory.rows.rows, held and eval_rows])} if memory else data_hashes(full)
+        if not in_files:
+            memory = InMemory(_listed(rows), None if eval_rows is None else _listed(eval_rows, "eval_rows"))
+        data = {"sha256": sha256_json([memory.rows.rows, eval_rows])} if memory else data_hashes(full)
         report = run_stage(StageRun(full, self._opened, data=memory, judge=judge))
         identity = stage_identity(self._link, data, full)
         self._made = {"stage": full, "parent": self._link, "identity": identity,
                       "data": {"paths": full.data, **data}, "report": report}  # fmt: skip
-        own = {"name": full.name, "stage": full.stage, "method": self.method["name"], "identity": identity}
-        self._link = Link("memory", identity, [*self._link.lineage, own])
+        self._link = Link("memory", identity, [*self._link.lineage, link_record(full, identity)])
         self._base = self._base if deltas.deltas(self.hf) else None
         return report
 
@@ -174,12 +172,10 @@ class Model:
         """The stage with every setting filled in. Raises RecipeError."""
         recipe = _one_stage(kind, values)
         stage, model = recipe.stages[0], self._opened.model
-        if stage.method is not None and deltas.deltas(self.hf):
-            wanted = settings_for(stage.method["name"], {k: v for k, v in stage.method.items() if k != "name"})
-            if not deltas.continues(self.hf, wanted):
-                raise RecipeError(
-                    f"method: the model has another adapter ({self.method['name']})", "call merge() first"
-                )
+        other = stage.method is not None and not deltas.continues(self.hf, settings_of(stage.method))
+        if other and deltas.deltas(self.hf):
+            have = self.method["name"]
+            raise RecipeError(f"method: the model has another adapter ({have})", "call merge() first")
         device, dtype = str(model.device), str(model.dtype).removeprefix("torch.")
         for key, has in (("device", device), ("dtype", dtype)):
             if getattr(stage, key) not in (None, "auto", has):
@@ -201,7 +197,7 @@ class Model:
         ``raw`` continues a text as it stands, without the chat template. Temperature 0 is always the likeliest token.
         """
         one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
-        talker = self._talker()
+        talker = Talker.of(self._opened.model)
         prompts: list[Any] = [prompt] if one else list(prompt)
         ids = [
             talker.raw_prompt(p) if raw and isinstance(p, str) else
@@ -249,11 +245,7 @@ class Model:
         if hung and self._base is None:
             self._base = str(written_base(model, final.with_name(f"{final.name}-base")))
         with whole_folder(final) as partial, clear_errors(final):
-            if hung:
-                adapter.save(model.hf, partial, str(self._base), self._opened.settings, model.saved_dtype)
-                model.tokenizer.save_pretrained(partial)
-            else:
-                save_model(model, partial, chat_template(model.tokenizer))
+            save(model, self._opened.settings, self._base, partial)
             write_json(partial / "trivium.json", self._record(final))
         if not hung:
             self._base = str(final)
@@ -262,18 +254,12 @@ class Model:
     def _record(self, final: Path) -> dict[str, Any]:
         base = None
         if deltas.deltas(self.hf):
-            source = str(self._base)
-            path = relative(source, final) if Path(source).exists() else source
-            base = {"path": path, "source": source, "identity": identity_of(source)}
+            base = place(str(self._base), identity_of(str(self._base)), final)
         if self._made is not None:
             report = {k: v for k, v in self._made["report"].items() if k != "curve"}
             return stage_record(**{**self._made, "report": report}, final=final, base=base)
         return {"trivium": 1, "identity": self._link.identity, "lineage": self._link.lineage, "base": base,
                 "settings": {"method": self.method}}  # fmt: skip
-
-    def _talker(self) -> Talker:
-        template = chat_template(self.tokenizer)
-        return Talker(self._opened.model, template, template.stop_ids)
 
 
 def _one_stage(kind: str, values: dict[str, Any]) -> Recipe:

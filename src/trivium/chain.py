@@ -125,17 +125,16 @@ def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path
     """The stage under way, and a function that tells where an adapter's base lies once it is known."""
     import torch
 
-    from trivium.folder import identity_of, open_folder, relative
+    from trivium.folder import identity_of, open_folder, place
     from trivium.peft import base as deltas
-    from trivium.peft.settings import FullSettings, settings_for
+    from trivium.peft.settings import FullSettings, settings_of
     from trivium.stage_runner import StageRun
     from trivium.train.machine import pick_device, pick_dtype
 
     device = pick_device(stage.device)
     new = parent.source == "new"
     dtype = pick_dtype(stage.dtype, device)
-    method = stage.method or {"name": "full"}
-    wanted = settings_for(method["name"], {k: v for k, v in method.items() if k != "name"})
+    wanted = settings_of(stage.method)
     # trained weights are float32, so a model to be trained in full is read in it, whatever it computes in
     held = "float32" if isinstance(wanted, FullSettings) else dtype
     changes = overrides(recipe, parent)
@@ -143,28 +142,26 @@ def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path
     opened.model.dtype = getattr(torch, dtype)
     if is_start(recipe, parent) and recipe.model.get("add_tokens"):  # type: ignore[union-attr]
         add_tokens(opened.model, stage, wanted)
-    place = opened.base or parent.source
+    lies = opened.base or parent.source
     if deltas.deltas(opened.model.hf) and not deltas.continues(opened.model.hf, wanted):
         say("  another method than its parent's: the parent's adapter is merged into its base first")
         deltas.merge(opened.model.hf)
         opened.settings, opened.base = FullSettings(), None
-        place = "merged"
+        lies = "merged"
     written: dict[str, str] = {}
 
     def adapter_base() -> str:
         """Where the frozen base lies; written beside the stages where no folder holds it as it is used."""
         if "source" not in written:
-            beside = _needs_writing(place, recipe, parent)
-            folder = out / (f"{stage.name}-base" if place == "merged" else BASE)
-            written["source"] = str(written_base(opened.model, folder).resolve()) if beside else place
+            beside = _needs_writing(lies, recipe, parent)
+            folder = out / (f"{stage.name}-base" if lies == "merged" else BASE)
+            written["source"] = str(written_base(opened.model, folder).resolve()) if beside else lies
         return written["source"]
 
     def base() -> dict[str, Any] | None:
         if "source" not in written:
             return None
-        source, final = written["source"], out / stage.name
-        local = Path(source).exists()
-        return {"path": relative(source, final) if local else source, "source": source, "identity": identity_of(source)}
+        return place(written["source"], identity_of(written["source"]), out / stage.name)
 
     return StageRun(stage, opened, partial, adapter_base), base
 

@@ -27,13 +27,11 @@ def check_texts(recipe: Recipe) -> None:
     if recipe.eval_text is None:
         return
     from trivium.data.hub import local
-    from trivium.data.rows import BadRow, read_rows
+    from trivium.data.rows import texts_of
 
-    rows = (row for row in read_rows(local(recipe.eval_text)) if not isinstance(row, BadRow))
-    if not any(isinstance(row.value.get("text"), str) and row.value["text"].strip() for row in rows):
-        raise DataError(
-            f"eval_text: no row of {recipe.eval_text} has a text", 'give rows like {"text": "..."}, or .txt'
-        )
+    if not any(text.strip() for text in texts_of([local(recipe.eval_text)])):
+        what = f"eval_text: no row of {recipe.eval_text} has a text"
+        raise DataError(what, 'give rows like {"text": "..."}, or a .txt file')
 
 
 def check_sizes(recipe: Recipe) -> None:
@@ -49,12 +47,11 @@ def check_sizes(recipe: Recipe) -> None:
 def check_fit(model: Any, recipe: Recipe, stages: list[Stage]) -> None:
     """What later stages ask of this model is there, so that it is not found out hours later; raises RecipeError."""
     from trivium.peft.base import plan_for
-    from trivium.peft.settings import settings_for
+    from trivium.peft.settings import settings_of
 
     for stage in stages:
-        method = dict(stage.method or {"name": "full"})
         try:
-            plan_for(model.hf, settings_for(method.pop("name"), method))
+            plan_for(model.hf, settings_of(stage.method))
         except RecipeError as error:
             raise RecipeError(f"stages.{stage.name}.method: {error.what}", error.remedy) from None
     context = model.context

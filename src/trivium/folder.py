@@ -156,6 +156,12 @@ def relative(path: str | Path, start: Path) -> str:
     return os.path.relpath(Path(path).resolve(), start.resolve())
 
 
+def place(source: str, identity: str, final: Path) -> dict[str, Any]:
+    """How the record of folder ``final`` names another model: from there, as it was given, and by identity."""
+    path = relative(source, final) if Path(source).exists() else source
+    return {"path": path, "source": source, "identity": identity}
+
+
 def identity_of(source: str) -> str:
     """A model's identity: its record's, or a hash of its files; for a hub id, of the name and revision."""
     path = Path(source).expanduser()
@@ -193,6 +199,19 @@ def round_to(hf: torch.nn.Module, dtype: torch.dtype) -> None:
         for p in hf.parameters():
             if p.requires_grad and p.dtype != dtype:
                 p.copy_(p.to(dtype))
+
+
+def save(model: LanguageModel, settings: Settings, base: str | None, folder: Path) -> None:
+    """Write an adapter on ``base``, or the whole model where it was trained in full, each with its tokenizer."""
+    from trivium.data.templates import chat_template
+    from trivium.peft import folder as adapter
+
+    if isinstance(settings, FullSettings):
+        save_model(model, folder, chat_template(model.tokenizer))
+        return
+    assert base is not None, "an adapter names its base"
+    adapter.save(model.hf, folder, base, settings, model.saved_dtype)
+    model.tokenizer.save_pretrained(folder)
 
 
 def save_model(model: LanguageModel, folder: Path, template: ChatTemplate) -> None:

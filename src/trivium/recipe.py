@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError
 
 from trivium.errors import RecipeError, nearest
 from trivium.objectives import OBJECTIVES
-from trivium.peft.settings import settings_for
+from trivium.peft.settings import settings_of
 from trivium.stages import STAGES
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -106,7 +106,7 @@ class Stage(Strict):
             if "name" not in value:
                 raise _wrong("it has no name", "write method: {name: full | lora | bottleneck, ...}")
             try:
-                settings_for(value["name"], {k: v for k, v in value.items() if k != "name"})
+                settings_of(value)
             except RecipeError as error:
                 raise _wrong(error.what, error.remedy) from None
         return value

@@ -25,15 +25,14 @@ from trivium.data.templates import chat_template
 from trivium.evaluate.held_out import evaluate
 from trivium.evaluate.judge import ALONG_THE_WAY, Judge, shares
 from trivium.files import clear_errors, folder_bytes
-from trivium.folder import Opened, round_to, save_model
+from trivium.folder import Opened, round_to, save
 from trivium.forest import Example, Forest, lay_out
 from trivium.model.language_model import LanguageModel
 from trivium.model.proof import Proof, prove
 from trivium.objectives import objective
 from trivium.objectives.base import Objective
 from trivium.peft import base as deltas
-from trivium.peft import folder as adapter
-from trivium.peft.settings import FullSettings, Settings, settings_for
+from trivium.peft.settings import FullSettings, Settings, method_name, settings_of
 from trivium.peft.targets import decoder_layers
 from trivium.recipe import Stage
 from trivium.stage_data import InMemory, packed, run_order, stage_examples, used_examples
@@ -126,8 +125,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
                 metrics = evaluate(work.goal, model.logprob, reference, held_out)
                 if run.judge is not None:
                     with model.laid_out("single"):  # generation is the model's own
-                        talker = Talker(model, work.template, work.template.stop_ids)
-                        metrics |= shares(run.judge(talker, ALONG_THE_WAY))
+                        metrics |= shares(run.judge(Talker.of(model), ALONG_THE_WAY))
             if metrics:
                 log.evaluated(step, metrics)
             return metrics
@@ -137,7 +135,8 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         with costs.clock("save_seconds"):
             round_to(model.hf, model.saved_dtype)
             if run.folder is not None:
-                _save(run.folder, model, work)
+                with clear_errors(run.folder):
+                    save(model, work.settings, work.base, run.folder)
         after = measure(len(work.order))
     return _report(run, work, {"before": before, "after": after}, peak, log)
 
@@ -211,11 +210,9 @@ def _reference(run: StageRun, work: Work, held_out: list[Forest]) -> Any:
 def _attach(run: StageRun) -> tuple[Settings, dict[str, torch.Tensor] | None]:
     """Make the method's weights trainable: (settings, the parent's small weights or None when the base is parent)."""
     stage, opened, model = run.stage, run.opened, run.model
-    assert stage.method is not None
-    values = {k: v for k, v in stage.method.items() if k != "name"}
-    settings = settings_for(stage.method["name"], values)
+    settings = settings_of(stage.method)
     if deltas.deltas(model.hf):  # the caller has merged any that cannot go on
-        say(f"  goes on training the {stage.method['name']} adapter of its parent")
+        say(f"  goes on training the {method_name(settings)} adapter of its parent")
         for delta in deltas.deltas(model.hf).values():
             delta.float().requires_grad_(True)
             delta.dropout = getattr(settings, "dropout", 0.0)
@@ -224,12 +221,13 @@ def _attach(run: StageRun) -> tuple[Settings, dict[str, torch.Tensor] | None]:
     else:
         parent = None
         attached = deltas.attach(model.hf, settings, seed=int(stage.seed or 0))
+    opened.settings = settings
     for note in [*opened.notes, *attached.notes]:
         say(f"  note: {note}")
     if isinstance(settings, FullSettings) and _has_experts(model):
         say("  note: a mixture of experts is trained without a load-balancing loss")
     trained, total = attached.trained_parameters, attached.total_parameters
-    say(f"  {stage.method['name']}: {trained:,} of {total:,} parameters trained ({trained / total:.2%})")
+    say(f"  {method_name(settings)}: {trained:,} of {total:,} parameters trained ({trained / total:.2%})")
     return settings, parent
 
 
@@ -254,16 +252,6 @@ def _optimizers(stage: Stage, model: LanguageModel) -> list[torch.optim.Optimize
 
 
 # --- after the loop
-
-
-def _save(folder: Path, model: LanguageModel, work: Work) -> None:
-    with clear_errors(folder):
-        if isinstance(work.settings, FullSettings):
-            save_model(model, folder, work.template)
-            return
-        assert work.base is not None, "an adapter names its base"
-        adapter.save(model.hf, folder, work.base, work.settings, model.saved_dtype)
-        model.tokenizer.save_pretrained(folder)
 
 
 def _report(
@@ -292,11 +280,11 @@ def _report(
         "proof": asdict(work.proof),
         "dtype": {"computation": str(model.dtype), "saved": str(model.saved_dtype)},
         "template": {"sha256": template.sha256, "origin": template.origin, "stop_ids": sorted(template.stop_ids)},
-        "versions": versions(),
+        "versions": _versions(),
     }
 
 
-def versions() -> dict[str, str]:
+def _versions() -> dict[str, str]:
     import transformers
 
     return {

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -126,21 +126,13 @@ def _tokenizer(recipe: Recipe, stage: Stage, out: Path) -> None:
 
 def tokenizer_from(sources: Sequence[Source], vocab_size: int) -> Any:
     """A tokenizer trained on the text of some rows."""
+    from trivium.data.rows import texts_of
     from trivium.data.tokenizer import train_tokenizer
 
     started = time.perf_counter()
-    tokenizer = train_tokenizer(_texts(sources), vocab_size)
+    tokenizer = train_tokenizer(texts_of(sources), vocab_size)
     say(f"  tokenizer: {len(tokenizer):,} tokens, trained in {clock(time.perf_counter() - started)}")
     return tokenizer
-
-
-def _texts(sources: Sequence[Source]) -> Iterator[str]:
-    from trivium.data.rows import BadRow, read_rows
-
-    for source in sources:
-        for row in read_rows(source):
-            if not isinstance(row, BadRow) and isinstance(row.value.get("text"), str):
-                yield row.value["text"]
 
 
 def new_start(recipe: Recipe, out: Path, dtype: str, device: str) -> Opened:

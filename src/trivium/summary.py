@@ -27,6 +27,11 @@ def stage_identity(parent: Link, data: dict[str, Any], stage: Stage) -> str:
     return sha256_json({"parent": parent.identity, "data": data, "settings": identity_settings(stage)})
 
 
+def link_record(stage: Stage, identity: str) -> dict[str, Any]:
+    """A stage's place in a lineage."""
+    return {"name": stage.name, "stage": stage.stage, "method": (stage.method or {})["name"], "identity": identity}
+
+
 def stage_record(
     stage: Stage,
     parent: Link,
@@ -37,17 +42,13 @@ def stage_record(
     report: dict[str, Any],
 ) -> dict[str, Any]:
     """``trivium.json`` of the folder ``final``; ``report`` is what the stage tells of its training."""
-    from trivium.folder import relative
+    from trivium.folder import place
 
-    own = {"name": stage.name, "stage": stage.stage, "method": (stage.method or {})["name"], "identity": identity}
+    own = link_record(stage, identity)
     return {
         "trivium": 1,
         **own,
-        "parent": {
-            "path": relative(parent.source, final) if Path(parent.source).exists() else parent.source,
-            "source": parent.source,
-            "identity": parent.identity,
-        },
+        "parent": place(parent.source, parent.identity, final),
         "base": base,
         "data": data,
         "settings": stage.model_dump(by_alias=True, exclude_none=True),
@@ -61,28 +62,49 @@ def summary_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The end-of-run table, as plain text for a terminal; columns that would be empty are left out."""
-    head = ("stage", "method", "trained", "seconds", "tokens/s", "memory", "on disk", "eval loss", "accuracy",
-            "bits/byte")  # fmt: skip
-    rows = [head]
-    for s in summary["stages"]:
-        m = s["metrics"]
-        known = s.get("text_bits_per_byte") or {}
+    """The end-of-run table, as plain text for a terminal."""
+    head, rows = cost_table(summary["stages"])
+    return aligned([head, *rows], left=2)
+
+
+def cost_table(stages: list[dict[str, Any]], wide: bool = False) -> tuple[list[str], list[list[str]]]:
+    """What each stage of a summary cost and gave, in words: heads, and a row per stage.
+
+    ``wide`` has room for the kind of stage, shares of parameters, and the first verdict of a judge, which sums up the
+    others. Columns that no stage fills are left out.
+    """
+    head = ["stage", "method", "trained", "seconds", "tokens/s", "memory", "on disk"]
+    head += ["held-out loss" if wide else "eval loss", "accuracy"]
+    judges = list(dict.fromkeys(key for s in stages for key in list(s.get("judged", {}))[:1])) if wide else []
+    rows = []
+    for s in stages:
+        m, bits, judged = s["metrics"], s.get("text_bits_per_byte", {}), s.get("judged", {})
+        share = f" ({s['trained_parameters'] / max(1, s['total_parameters']):.1%})" if wide else ""
         rows.append(
-            (s["name"], s["method"], f"{s['trained_parameters']:,}", f"{s['seconds']:.0f}",
-             f"{s['tokens_per_second']:,.0f}", size(s["peak_memory_bytes"]), size(s["bytes_on_disk"]),
+            [s["name"], f"{s['stage']}, {s['method']}" if wide else s["method"],
+             f"{s['trained_parameters']:,}{share}", f"{s['seconds']:,.0f}", f"{s['tokens_per_second']:,.0f}",
+             size(s["peak_memory_bytes"]), size(s["bytes_on_disk"]),
              _change(m.get("before_loss"), m.get("after_loss")),
              _change(m.get("before_accuracy"), m.get("after_accuracy"), ".0%"),
-             _change(known.get("before"), known.get("after")))
+             *(_verdict(judged.get(key)) for key in judges), _change(bits.get("before"), bits.get("after"))]
         )  # fmt: skip
-    filled = [c for c in range(len(head)) if any(row[c] != "-" for row in rows[1:])]
-    return aligned([[row[c] for c in filled] for row in rows], left=2)
+    head += [*judges, "bits/byte"]
+    filled = [c for c in range(len(head)) if any(row[c] for row in rows)]
+    return [head[c] for c in filled], [[row[c] or "-" for c in filled] for row in rows]
 
 
 def _change(before: float | None, after: float | None, form: str = ".3f") -> str:
     if after is None:
-        return "-"
+        return ""
     return f"{after:{form}}" if before is None else f"{before:{form}}→{after:{form}}"
+
+
+def _verdict(found: dict[str, Any] | None) -> str:
+    if found is None:
+        return ""
+    if "share" not in found:
+        return f"{found['value']:.4g}"
+    return f"{found['share']:.0%} ({found['low']:.0%}–{found['high']:.0%})"
 
 
 def aligned(rows: list[list[str]], left: int) -> str:

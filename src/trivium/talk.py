@@ -28,8 +28,13 @@ class Talker:
         """From a model or adapter folder, GGUF file or hub id; left out, the fastest device and its fastest dtype."""
         device = pick_device(device)
         opened = open_folder(source, pick_dtype(dtype, device), device, overrides)
-        template = chat_template(opened.model.tokenizer)
-        return cls(opened.model, template, template.stop_ids)
+        return cls.of(opened.model)
+
+    @classmethod
+    def of(cls, model: LanguageModel) -> Talker:
+        """A model in hand, with its tokenizer's own template."""
+        template = chat_template(model.tokenizer)
+        return cls(model, template, template.stop_ids)
 
     def prompt(self, messages: list[dict[str, Any]]) -> list[int]:
         """The tokens of a conversation and the beginning of the answer."""

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from trivium.data.rows import BadRow, Row, files_of, read_rows, sha256_of
+from trivium.data.rows import BadRow, Listed, Row, files_of, read_rows, sha256_of, texts_of
 from trivium.errors import DataError
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -203,3 +203,10 @@ def test_real_data_has_no_bad_row(folder: str) -> None:
         assert isinstance(row, Row), f"{row.origin}: {row.reason}"
         count += 1
     assert count > 10
+
+
+def test_texts_of_good_rows(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{broken\n{"text": 3}\n{"no": "text"}\n', encoding="utf-8")
+    sources = [tmp_path / "a.jsonl", Listed([{"text": "two"}, "junk", {"text": "three", "bad": True}])]
+    assert list(texts_of(sources)) == ["one", "two", "three"]
+    assert list(texts_of(sources, lambda row: "bad" not in row)) == ["one", "two"]

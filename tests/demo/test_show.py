@@ -93,3 +93,4 @@ def test_the_judge_counts_what_the_checker_says():
     assert verdicts["name"][1] == verdicts["end"][1] == stories
     assert verdicts["answer"][1] == 40 - stories
     assert judge(Parrot(), 10)["requests met"] == (7, 10)
+    assert all(of <= 1 for _, of in judge(Parrot(), 1).values())

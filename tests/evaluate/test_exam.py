@@ -10,7 +10,6 @@ import torch
 from transformers import AutoConfig
 
 from trivium.data.rows import Listed
-from trivium.data.templates import chat_template
 from trivium.data.tokenizer import train_tokenizer
 from trivium.evaluate import exam
 from trivium.evaluate.exam import Exam, prompts_from, texts_from
@@ -28,8 +27,7 @@ def talker() -> Talker:
     ids = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "vocab_size": len(tokenizer)}
     config = AutoConfig.for_model("llama", **sizes, **ids, max_position_embeddings=32, initializer_range=0.3)
     model = wrap(new_model(config, seed=0).eval(), tokenizer, "float32", torch.float32)
-    template = chat_template(tokenizer)
-    return Talker(model, template, template.stop_ids)
+    return Talker.of(model)
 
 
 def test_bits_per_byte_is_what_the_logits_say(talker):

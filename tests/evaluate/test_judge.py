@@ -27,7 +27,7 @@ def test_an_interval_holds_its_share(of: int, data: st.DataObject) -> None:
 
 
 def test_verdicts_as_numbers_and_with_what_they_rest_on() -> None:
-    verdicts = {"met": (150, 200), "length": 12.5}
+    verdicts = {"met": (150, 200), "length": 12.5, "never asked": (0, 0)}
     assert shares(verdicts) == {"met": 0.75, "length": 12.5}
     found = judged(verdicts)
     assert found["length"] == {"value": 12.5}

@@ -91,3 +91,15 @@ def test_overrides_change_what_the_config_has_and_nothing_else(folder):
     assert model.hf.model.norm.variance_epsilon == 0.5
     with pytest.raises(ModelError, match="has no 'rms_norm_epz'"):
         load_base(str(folder), "float32", "cpu", {"rms_norm_epz": 0.5})
+
+
+def test_reading_gguf_shows_no_bar_and_leaves_the_library_as_it_was(capsys):
+    from transformers import modeling_gguf_pytorch_utils as gguf
+
+    from trivium.model.load import quiet
+
+    bar = gguf.tqdm
+    with quiet():
+        assert list(gguf.tqdm(range(3), desc="reading")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+    assert gguf.tqdm is bar

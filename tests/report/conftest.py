@@ -52,12 +52,11 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             rows += [{"step": steps, "eval_loss": 1.25, "eval_met": 0.8, "eval_accuracy": 0.75}]
             text = "".join(json.dumps(row) + "\n" for row in rows) + "{broken\n"
             (out / name / "metrics.jsonl").write_text(text, encoding="utf-8")
-            stages.append({**{key: made[key] for key in SHOWN}, "from": parent})
             share = {"share": 0.8, "low": 0.74, "high": 0.85, "met": 160, "of": 200}
-            models[name] = {
-                "identity": made["identity"], "answers": [f"{name} says {EVIL}", None], "bits_per_byte": 1.5,
-                **({"judged": {"met": share, "length": {"value": 12.5}}} if judged else {}),
-            }  # fmt: skip
+            seen = {"judged": {"met": share, "length": {"value": 12.5}}} if judged else {}
+            bits = {"text_bits_per_byte": {"before": 2.75, "after": 1.5}} if judged else {}
+            stages.append({**{key: made[key] for key in SHOWN}, "from": parent, **seen, **bits})
+            models[name] = {"identity": made["identity"], "answers": [f"{name} says {EVIL}", None], **seen}
         write(out / "summary.json", {"name": "try", "seed": 7, "stages": stages})
         write(out / "measures.json", {"key": "k", "prompts": [EVIL, "second"], "texts": 3, "models": models})
         return out

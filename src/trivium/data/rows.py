@@ -17,9 +17,10 @@ import hashlib
 import os
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -69,6 +70,13 @@ def read_rows(source: Source) -> Iterator[Row | BadRow]:
             raise DataError(
                 f"cannot read {file}: {error.strerror or error}", "Check the file and its rights."
             ) from None
+
+
+def texts_of(sources: Iterable[Source], wanted: Callable[[dict[str, Any]], bool] | None = None) -> Iterator[str]:
+    """The ``text`` of every good row that has one; ``wanted`` chooses among the rows."""
+    for row in chain.from_iterable(map(read_rows, sources)):
+        if isinstance(row, Row) and isinstance(row.value.get("text"), str) and (wanted is None or wanted(row.value)):
+            yield row.value["text"]
 
 
 def files_of(path: Path) -> list[Path]:

@@ -2,9 +2,7 @@
 
 Pairs from elsewhere teach a model what it would never say. Its own answers, several to a prompt, show what it does
 say, and where one of them keeps the request and another does not, that is the pair to learn from (Stiennon et al.
-2020, section 3.1, with a checker in place of people). Measured here, DPO on made-up pairs met 1 to 6 points fewer of
-the held-out requests than a parent that met 86%, and 4 more than one that met 78%; on the model's own answers, with
-next-token prediction on the chosen ones beside it, 1 to 12 points more in each run tried (parents of 76% to 94%).
+2020, section 3.1, with a checker in place of people).
 """
 
 from __future__ import annotations

@@ -76,8 +76,7 @@ def judge_of(requests: list[dict[str, Any]]) -> Judge:
         found: dict[str, Verdict] = {MET: (sum(all(v.values()) for v in verdicts), len(verdicts))}
         for name in ATTRIBUTES:
             asked = [v[name] for v in verdicts if name in v]
-            if asked:
-                found[name] = (sum(asked), len(asked))
+            found[name] = (sum(asked), len(asked))
         return found
 
     judge.key = sha256_json(requests)  # type: ignore[attr-defined]  # what was judged so before need not be again

@@ -9,15 +9,14 @@ prompts side by side, and one pass over `TEXT_BYTES` of text.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import islice
-from pathlib import Path
+from itertools import chain, islice
 from typing import Any
 
 from trivium.data.examples import content_hash, on_the_held_out_side, prepare
 from trivium.data.formats import Conversation, Kind, Message, Pair, RowError, parse
-from trivium.data.rows import BadRow, Listed, Source, read_rows
+from trivium.data.rows import Listed, Row, Source, read_rows, texts_of
 from trivium.errors import DataError, ModelError
 from trivium.evaluate.held_out import evaluate
 from trivium.forest import lay_out
@@ -26,7 +25,8 @@ from trivium.talk import Talker
 
 ANSWER_TOKENS = 160
 TEXT_BYTES = 50_000  # of text to be measured on, at most
-PROMPTS = 3  # taken from the data where a recipe names none
+PROMPTS = 3  # taken from the data where a recipe names none,
+LOOKED_AT = 50  # out of so many rows
 READABLE = 700  # characters: a longer prompt is passed over, if there are shorter ones
 BEGINNING = 60  # characters of a text that a model is asked to continue
 
@@ -82,7 +82,10 @@ def _tokens(talker: Talker, prompt: tuple[Message, ...] | str) -> list[int] | No
 def prompts_from(sources: Sequence[Source], kind: Kind, held_out: float | None) -> tuple[Any, ...]:
     """A few prompts out of the data: those of held-out rows (share ``held_out``; None: any row)."""
     found: list[Any] = []
-    for value in islice(_rows(sources, held_out), 50):
+    asked = _asked(held_out)
+    read = chain.from_iterable(map(read_rows, sources))
+    rows = (row.value for row in read if isinstance(row, Row) and asked(row.value))
+    for value in islice(rows, LOOKED_AT):
         try:
             row = parse(value, kind)
         except RowError:
@@ -105,9 +108,8 @@ def texts_from(sources: Sequence[Source], held_out: float | None) -> tuple[str, 
     """Texts of the data's rows up to ``TEXT_BYTES``: held-out rows (share ``held_out``; None: any row)."""
     found: list[str] = []
     room = TEXT_BYTES
-    for value in _rows(sources, held_out):
-        text = value.get("text")
-        if isinstance(text, str) and text.strip():
+    for text in texts_of(sources, _asked(held_out)):
+        if text.strip():
             found.append(text[:room])
             room -= len(text.encode("utf-8"))
         if room <= 0:
@@ -115,10 +117,6 @@ def texts_from(sources: Sequence[Source], held_out: float | None) -> tuple[str, 
     return tuple(found)
 
 
-def _rows(sources: Sequence[Source], held_out: float | None) -> Iterator[dict[str, Any]]:
-    for source in sources:
-        for row in read_rows(Path(source) if isinstance(source, str) else source):
-            if not isinstance(row, BadRow) and (
-                held_out is None or on_the_held_out_side(content_hash(row.value), held_out)
-            ):
-                yield row.value
+def _asked(held_out: float | None) -> Callable[[dict[str, Any]], bool]:
+    """Whether a row may be asked: any, or only those that are held out."""
+    return lambda value: held_out is None or on_the_held_out_side(content_hash(value), held_out)

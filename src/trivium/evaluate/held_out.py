@@ -34,7 +34,7 @@ def evaluate(
             weight += objective.weight(forest)
             for name, value in result.stats.items():
                 sums[name] += float(value)
-            nats -= float(logprobs.double().sum())
+            nats -= float(logprobs.cpu().double().sum())  # not every device has float64
             text_bytes += sum(e.text_bytes for e in forest.examples)
     found = {name: value / weight for name, value in sums.items()} if weight else {}
     return {**found, "bits_per_byte": nats / math.log(2) / text_bytes} if text_bytes else found

@@ -34,16 +34,21 @@ class Judge(Protocol):
 
 def shares(verdicts: Mapping[str, Verdict]) -> dict[str, float]:
     """Each verdict as one number."""
-    return {k: v[0] / v[1] if isinstance(v, tuple) else float(v) for k, v in verdicts.items()}
+    return {k: v["share"] if "share" in v else v["value"] for k, v in judged(verdicts).items()}
 
 
 def judged(verdicts: Mapping[str, Verdict]) -> dict[str, dict[str, Any]]:
-    """Each verdict with what it rests on: ``{"share", "low", "high", "met", "of"}``, or ``{"value"}``."""
+    """Each verdict with what it rests on: ``{"share", "low", "high", "met", "of"}``, or ``{"value"}``.
+
+    A share of nothing is left out.
+    """
     found: dict[str, dict[str, Any]] = {}
     for name, verdict in verdicts.items():
         if isinstance(verdict, tuple):
-            low, high = interval(*verdict)
             met, of = verdict
+            if not of:
+                continue
+            low, high = interval(met, of)
             found[name] = {"share": met / of, "low": low, "high": high, "met": met, "of": of}
         else:
             found[name] = {"value": float(verdict)}

@@ -116,6 +116,12 @@ def settings_for(name: str, values: Mapping[str, Any]) -> Settings:
     return METHODS[name].settings(**values)
 
 
+def settings_of(method: Mapping[str, Any] | None) -> Settings:
+    """The settings of a recipe's ``method``, ``{"name": ..., ...}``; None is full. Raises RecipeError."""
+    values = dict(method or {"name": "full"})
+    return settings_for(values.pop("name"), values)
+
+
 def method_name(settings: Settings) -> str:
     """The registry name of a settings object."""
     return next(name for name, method in METHODS.items() if method.settings is type(settings))

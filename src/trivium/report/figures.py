@@ -48,7 +48,10 @@ def charts(runs: list[RunView]) -> list[dict[str, Any]]:
 
 def _along_the_way(stages: list[tuple[RunView, StageView]], tints: Any, several: bool) -> list[dict[str, Any]]:
     """What a judge saw during training: its first verdict, which sums up the others. A chart per kind of stage."""
-    first = next((key for _, stage in stages for key in stage.judged_keys()), None)
+    first = next((key for _, stage in stages for key in stage.judged), None)
+    if first is None:
+        return []
+    share = "%" if all("share" in stage.judged.get(first, {"share": 0}) for _, stage in stages) else ""
     found = []
     for kind in dict.fromkeys(stage.record["stage"] for _, stage in stages):
         series = [
@@ -60,10 +63,8 @@ def _along_the_way(stages: list[tuple[RunView, StageView]], tints: Any, several:
             for run, stage in stages
             if stage.record["stage"] == kind
         ]
-        share = "%" if all("share" in s.measured.get("judged", {}).get(first, {"share": 0}) for _, s in stages) else ""
-        svg = line_chart(
-            series, "optimizer step", str(first), f"{first} against steps, {kind}", share, whole=bool(share)
-        )
+        title = f"{first} against steps, {kind}"
+        svg = line_chart(series, "optimizer step", first, title, share, whole=bool(share))
         found.append(_figure(f"{first} against steps", f"{kind}; a sample of requests, answered during training", svg))
     return found
 
@@ -74,7 +75,7 @@ def judged_charts(runs: list[RunView]) -> list[dict[str, Any]]:
     tints = colours(runs)
     for run in runs:
         for stage in run.stages:
-            verdicts = {k: v for k, v in stage.measured.get("judged", {}).items() if "share" in v}
+            verdicts = {k: v for k, v in stage.judged.items() if "share" in v}
             bars = [
                 Bar(name, v["share"], v["low"], v["high"],
                     f"{v['met']} of {v['of']}; 95% interval {v['low']:.1%} to {v['high']:.1%}")

@@ -18,14 +18,13 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class StageView:
-    """One stage. ``curve`` are the rows of ``metrics.jsonl``; ``measured`` what its model answered, and the like."""
+    """One stage: what the summary says of it, its own record, the rows of ``metrics.jsonl``, its model's answers."""
 
-    run: str
     name: str
+    summary: Json
     record: Json
     curve: list[Json]
     measured: Json
-    came_from: str | None
 
     @property
     def title(self) -> str:
@@ -35,9 +34,10 @@ class StageView:
         """``(step, value)`` of every row of the curve that has ``key``."""
         return [(row["step"], row[key]) for row in self.curve if isinstance(row.get(key), (int, float))]
 
-    def judged_keys(self) -> list[str]:
-        """What a judge of one's own has added to the evaluations."""
-        return list(self.measured.get("judged", {}))
+    @property
+    def judged(self) -> Json:
+        """A judge's verdicts on the finished model."""
+        return _mapping(self.summary.get("judged", {}))
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,6 @@ class RunView:
         """The folder's name, which tells two runs of one recipe from each other."""
         return self.folder.resolve().name
 
-    def before(self, stage: StageView) -> Json:
-        """The measures of the model that a stage started from."""
-        of = {s.name: s.measured for s in self.stages}
-        return of.get(stage.came_from, {}) if stage.came_from else self.start
-
 
 def run_view(folder: Path) -> RunView:
     """Read a run's folder. Raises ModelError where it is none, or is damaged."""
@@ -71,7 +66,7 @@ def run_view(folder: Path) -> RunView:
     try:
         models = _mapping(read_json(folder / MEASURES)) if (folder / MEASURES).is_file() else {}
         measured = _mapping(models.get("models", {}))
-        stages = [_stage_view(folder, str(summary["name"]), _mapping(s), measured) for s in summary["stages"]]
+        stages = [_stage_view(folder, _mapping(s), measured) for s in summary["stages"]]
         return RunView(
             folder, str(summary["name"]), int(summary["seed"]), stages,
             [str(p) for p in models.get("prompts", [])], _mapping(measured.get(START, {})),
@@ -81,7 +76,7 @@ def run_view(folder: Path) -> RunView:
         raise ModelError(what, "run the recipe again: finished stages are kept") from None
 
 
-def _stage_view(folder: Path, run: str, stage: Json, measured: Json) -> StageView:
+def _stage_view(folder: Path, stage: Json, measured: Json) -> StageView:
     name = str(stage["name"])
     path = folder / name
     if path.resolve().parent != folder.resolve():
@@ -89,7 +84,9 @@ def _stage_view(folder: Path, run: str, stage: Json, measured: Json) -> StageVie
     record = record_of(path)
     if record is None or any(key not in record for key in (*SHOWN, "settings", "rows", "versions", "data")):
         raise ModelError(f"{path}: not a finished stage", "run the recipe again: finished stages are kept")
-    return StageView(run, name, record, _curve(path / "metrics.jsonl"), _mapping(measured.get(name, {})), stage["from"])
+    if any(key not in stage for key in SHOWN):
+        raise ValueError(f"it says too little of {name}")
+    return StageView(name, stage, record, _curve(path / "metrics.jsonl"), _mapping(measured.get(name, {})))
 
 
 def _curve(path: Path) -> list[Json]:

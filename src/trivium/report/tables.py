@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from trivium.report.figures import colours
-from trivium.report.gather import RunView, StageView
+from trivium.report.gather import RunView
+from trivium.summary import cost_table
 from trivium.train.log import clock, size
-
-Cell = dict[str, str]
 
 
 def facts(run: RunView) -> list[tuple[str, str]]:
@@ -28,47 +27,15 @@ def facts(run: RunView) -> list[tuple[str, str]]:
 
 
 def cost_rows(runs: list[RunView]) -> dict[str, Any]:
-    """The cost-and-quality table: ``head`` and ``rows`` of text; columns that no stage fills are left out."""
-    head = ["stage", "method", "trained", "seconds", "tokens/s", "peak memory", "on disk"]
-    head += ["held-out loss", "accuracy"]
-    keys = list(dict.fromkeys(key for run in runs for stage in run.stages for key in stage.judged_keys()[:1]))
-    head += [*keys, "bits per byte"]
+    """The cost-and-quality table: its ``head``, and ``rows`` of cells with their stage's colour."""
     tints = colours(runs)
-    rows = []
-    for run in runs:
-        for stage in run.stages:
-            r, m = stage.record, stage.record["metrics"]
-            share = r["trained_parameters"] / max(1, r["total_parameters"])
-            cells = [
-                stage.name, f"{r['stage']}, {r['method']}", f"{r['trained_parameters']:,} ({share:.1%})",
-                f"{r['seconds']:,.0f}", f"{r['tokens_per_second']:,.0f}", size(r["peak_memory_bytes"]),
-                size(r["bytes_on_disk"]), _change(m.get("before_loss"), m.get("after_loss")),
-                _change(m.get("before_accuracy"), m.get("after_accuracy"), "%"),
-            ]  # fmt: skip
-            cells += [_verdict(stage, key) for key in keys]
-            cells.append(_change(run.before(stage).get("bits_per_byte"), stage.measured.get("bits_per_byte")))
-            if len(runs) > 1:
-                cells[0] = f"{run.label}: {stage.name}"
-            rows.append({"cells": cells, "colour": tints[str(run.folder), stage.name]})
-    filled = [c for c in range(len(head)) if any(row["cells"][c] for row in rows)]
-    return {"head": [head[c] for c in filled],
-            "rows": [{**row, "cells": [row["cells"][c] for c in filled]} for row in rows]}  # fmt: skip
-
-
-def _change(before: float | None, after: float | None, unit: str = "") -> str:
-    if not isinstance(after, (int, float)):
-        return ""
-    shown = (lambda v: f"{v:.0%}") if unit == "%" else (lambda v: f"{v:.3f}")
-    return f"{shown(before)} → {shown(after)}" if isinstance(before, (int, float)) else shown(after)
-
-
-def _verdict(stage: StageView, key: str) -> str:
-    found = stage.measured.get("judged", {}).get(key)
-    if not found:
-        return ""
-    if "share" not in found:
-        return f"{found['value']:.4g}"
-    return f"{found['share']:.0%} ({found['low']:.0%}–{found['high']:.0%})"
+    stages = [(run, stage) for run in runs for stage in run.stages]
+    named = [{**s.summary, "name": f"{run.label}: {s.name}" if len(runs) > 1 else s.name} for run, s in stages]
+    head, rows = cost_table(named, wide=True)
+    shown = [
+        {"cells": row, "colour": tints[str(run.folder), s.name]} for (run, s), row in zip(stages, rows, strict=True)
+    ]
+    return {"head": head, "rows": shown}
 
 
 def answers(runs: list[RunView]) -> list[dict[str, Any]]:

@@ -41,13 +41,12 @@ def _tensorboard(run: str, stage: str, out: Path, settings: dict[str, Any]) -> T
 
     folder = out / FOLDER / stage
     shutil.rmtree(folder, ignore_errors=True)  # of an attempt that did not end
-    writer: Any = SummaryWriter(str(folder))
+    writer: Any = SummaryWriter(str(folder), flush_secs=10)  # on a thread of its own
     writer.add_text("settings", "\n".join(f"    {k}: {v}" for k, v in sorted(settings.items())))
 
     def log(values: dict[str, float], step: int) -> None:
         for name, value in values.items():
             writer.add_scalar(name, value, step)
-        writer.flush()
 
     return Tracker(log, writer.close)
 
