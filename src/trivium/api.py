@@ -1,11 +1,13 @@
 """The same in a notebook: what `trivium run` does, step by step, with rows and models in memory.
 
-model = trivium.load("HuggingFaceTB/SmolLM2-135M-Instruct")     # or a folder, a .gguf file
-model.attach("lora", r=16)
-model.train(rows, "sft", max_steps=30, learning_rate=2e-4)      # proofs, ledger and log as in a run
-model.train(pairs, "preference")                                # its parent is the model as it was before
-print(model.generate("What is the capital of France?"))
-model.save("my-adapter")                                        # what peft and `trivium chat` load
+    model = trivium.load("HuggingFaceTB/SmolLM2-135M-Instruct")  # or a folder, a .gguf file
+    model.attach("lora", r=16)
+    model.train(rows, "sft", max_steps=30, learning_rate=2e-4)   # proofs, ledger and log as in a run
+    model.train(pairs, "preference")                             # its parent is the model as it was before
+    print(model.generate("What is the capital of France?"))
+    model.save("my-adapter")                                     # what peft and `trivium chat` load
+
+Whatever a user can mend is a `UserError` with its remedy.
 """
 
 from __future__ import annotations

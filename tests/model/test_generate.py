@@ -284,10 +284,12 @@ def test_batches_are_as_large_as_the_cache_may_be(monkeypatch):
     assert generate_many(model, prompts(), 10, NO_STOP) == expected
 
 
-def test_many_and_the_edges():
+def test_many_and_the_edges(monkeypatch):
     model = tiny("llama", context=20)
     assert generate_many(model, [], 5, NO_STOP) == []
     assert generate_many(model, prompts()[:3], 0, NO_STOP) == [[], [], []]
     assert [len(found) for found in generate_many(model, prompts()[:3], 1000, NO_STOP)] == [12, 17, 8]
-    with pytest.raises(ModelError, match="prompt is empty"):
-        generate_many(model, [[3], []], 5, NO_STOP)
+    monkeypatch.setattr(generation, "_forward", lambda *_: pytest.fail("a mistake in one prompt comes before any work"))
+    for wrong, says in ([], "prompt is empty"), (list(range(20)), "context is 20"):
+        with pytest.raises(ModelError, match=says):
+            generate_many(model, [[3], wrong], 5, NO_STOP)

@@ -28,6 +28,7 @@ def generate(
     model: LanguageModel, ids: list[int], most: int, stop_ids: frozenset[int], temperature: float = 0.0, seed: int = 0
 ) -> Iterator[int]:
     """Tokens after ``ids``, until a stop token, ``most`` tokens, or the end of the model's context."""
+    _check(model, ids)
     for ((_, token),) in _together(model, [(0, ids)], 1, most, stop_ids, temperature, seed):
         yield token
 
@@ -45,6 +46,8 @@ def generate_many(
 
     ``samples`` answers to each prompt, which is read once: those to prompt ``p`` are ``p * samples`` and following.
     """
+    for ids in prompts:  # before any is answered
+        _check(model, ids)
     found: list[list[int]] = [[] for _ in range(len(prompts) * samples)]
     rows = sorted(enumerate(prompts), key=lambda row: len(row[1]))
     while rows:
@@ -78,8 +81,6 @@ def _together(
     seed: int,
 ) -> Iterator[list[tuple[int, int]]]:
     """Step by step, the next token of every answer that goes on: (its number, the token)."""
-    for _, ids in rows:
-        _check(model, ids)
     logits, mask, cache = _read(model, rows)
     if len(rows) > 1 and not _as_alone(model, rows[0][1], logits[0]):
         alone = (_together(model, [row], samples, most, stop_ids, temperature, seed) for row in rows)

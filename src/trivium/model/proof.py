@@ -138,7 +138,7 @@ def _gradients_apart(grads: dict[str, Tensor], expected: dict[str, Tensor]) -> f
         return float("inf")
     if not expected:
         return 0.0
-    # torch's sums keep a NaN, Python's maximum would lose it
-    scale = torch.stack([g.double().square().sum().cpu() for g in expected.values()]).sum().sqrt()
-    apart = torch.stack([(grads[n] - g).double().square().sum().cpu() for n, g in expected.items()]).sum().sqrt()
+    # torch's sums keep a NaN, Python's maximum would lose it; not every device has float64
+    scale = torch.stack([g.float().norm().cpu().double() for g in expected.values()]).norm()
+    apart = torch.stack([(grads[n] - g).float().norm().cpu().double() for n, g in expected.items()]).norm()
     return float(apart / scale) if scale else float(apart)
