@@ -62,7 +62,7 @@ def run_recipe(recipe: Recipe, out: Path, until: str | None = None, judge: Judge
         summary["stages"].append(summary_of(record) | {"from": full.from_} | measures.around(full))
         write_json(out / SUMMARY, summary)
         write_report([out], out / REPORT)
-    say(f"report: {out / REPORT}")
+    say(f"report: {shown(out / REPORT)}")
     return summary
 
 
