@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# Prepared data of one run of the tests; what an earlier one prepared could hide what this one breaks.
+_cache = tempfile.TemporaryDirectory(prefix="trivium-tests-")
+os.environ["TRIVIUM_CACHE"] = _cache.name
 
 
 @pytest.fixture(scope="session")

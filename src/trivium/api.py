@@ -30,7 +30,7 @@ from trivium.model.proof import prove
 from trivium.objectives import objective
 from trivium.peft import base as deltas
 from trivium.peft.settings import FullSettings, method_name, settings_for, settings_of
-from trivium.recipe import Recipe, Stage
+from trivium.recipe import DataSource, Recipe, Stage
 from trivium.recipe_file import read_recipe, recipe_of
 from trivium.stage_data import InMemory, packed, stage_examples
 from trivium.stage_proof import probe
@@ -165,7 +165,7 @@ class Model:
         report = run_stage(StageRun(full, self._opened, data=memory, judge=judge))
         identity = stage_identity(self._link, data, full)
         self._made = {"stage": full, "parent": self._link, "identity": identity,
-                      "data": {"paths": full.data, **data}, "report": report}  # fmt: skip
+                      "data": {"paths": full.paths, **data}, "report": report}  # fmt: skip
         self._link = Link("memory", identity, [*self._link.lineage, link_record(full, identity)])
         self._base = self._base if deltas.deltas(self.hf) else None
         return report
@@ -219,7 +219,7 @@ class Model:
         model = self._opened.model
         given = InMemory(_listed(rows)) if not isinstance(rows, (str, Path)) else None
         if given is None:
-            full = full.model_copy(update={"data": str(rows)})
+            full = full.model_copy(update={"data": [DataSource(path=str(rows), weight=None, fields=None)]})
         data, _ = stage_examples(full, model, chat_template(self.tokenizer), given)
         with model.laid_out(prove(model, probe(data.examples)).layout):
             forests = packed(data.examples, int(full.micro_batch_tokens or 1), model.device)

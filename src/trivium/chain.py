@@ -114,7 +114,7 @@ def _stage(
         run.tracker = lambda: open_tracker(recipe.track, recipe.name, stage.name, out, stage.model_dump(by_alias=True))
         report = run_stage(run)
         report["setup_seconds"] += opening
-        data = {"paths": stage.data, **data}
+        data = {"paths": stage.paths, **data}
         record = stage_record(stage, parent, final, identity, base(), data, report)
         write_json(partial / "trivium.json", record)
     say(f"  saved {shown(final)} ({size(record['bytes_on_disk'])}, {clock(time.perf_counter() - started)})")

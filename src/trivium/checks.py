@@ -10,15 +10,14 @@ from trivium.recipe import Recipe, Stage
 
 def check_data(stage: Stage) -> None:
     """The files of a stage are there and hold something; raises DataError."""
-    from trivium.data.hub import local
-    from trivium.data.rows import files_of
+    from trivium.sources import held_out_from, trained_on
 
-    paths = [stage.data] if isinstance(stage.data, str) else stage.data
-    held_out = [[stage.eval_data]] if isinstance(stage.eval_data, str) else []
-    for group in [paths, *held_out]:
-        files = [file for path in group for file in files_of(local(path))]
-        if not any(file.stat().st_size for file in files):
-            empty = f"{files[0]} is empty" if len(files) == 1 else f"all files of {', '.join(group)} are empty"
+    for group in (trained_on(stage), held_out_from(stage)):
+        files = [file for mix in group or [] for file in mix.files()]
+        if group is not None and not any(file.stat().st_size for file in files):
+            empty = (
+                f"{files[0]} is empty" if len(files) == 1 else f"all files of {', '.join(map(str, files))} are empty"
+            )
             raise DataError(f"no rows: {empty}", "give a file with at least one row")
 
 

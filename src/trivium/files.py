@@ -61,12 +61,20 @@ def make_folder(path: Path) -> Path:
 
 def write_text(path: Path, text: str) -> None:
     """Write a file whole or not at all."""
-    temporary = path.with_name(path.name + PARTIAL)
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
+    """Write a file whole or not at all. Where it is not ``durable``, a machine that loses its power may leave it
+    damaged, which its reader must notice: for what can be made again."""
+    mine = "" if durable else f".{os.getpid()}"  # two processes may make the same
+    temporary = path.with_name(path.name + mine + PARTIAL)
     with clear_errors(path):
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with temporary.open("wb") as file:
+            file.write(data)
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         temporary.replace(path)
 
 

@@ -15,7 +15,7 @@ Cost: the layout is numpy on the host, linear in the tokens (a sort of S keys), 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, fields
 from functools import cached_property
 from typing import TYPE_CHECKING
@@ -58,10 +58,18 @@ class Example:
     sequences: tuple[TokenSequence, ...]
     origin: str = ""
     text_bytes: int = 0  # UTF-8 bytes of what is trained, stop tokens not counted, for bits per byte; 0: not said
+    key: Hashable = None  # tells it from any other, where it is made anew each time it is asked for
+
+    @property
+    def identity(self) -> Hashable:
+        """The same for the same example of the same data."""
+        return id(self) if self.key is None else self.key
 
     @property
     def tokens(self) -> int:
         """Tokens that this example alone takes on a line, shared beginnings counted once."""
+        if len(self.sequences) == 1:
+            return len(self.sequences[0].inputs)
         return len(_lines([s.inputs for s in self.sequences], MIN_SHARED)[0])
 
     @property

@@ -13,11 +13,13 @@ from typing import TYPE_CHECKING, Any
 from trivium.errors import ModelError
 from trivium.files import read_json, sha256_json, write_json
 from trivium.recipe import Recipe, Stage
+from trivium.sources import held_out_from, held_out_share, trained_on
 from trivium.stages import STAGES
 from trivium.start import Link, overrides
 from trivium.train.log import clock, say
 
 if TYPE_CHECKING:
+    from trivium.data.rows import Mix
     from trivium.evaluate.exam import Exam
     from trivium.evaluate.judge import Judge
 
@@ -98,12 +100,10 @@ def exam_of(recipe: Recipe, stages: list[Stage]) -> Exam:
     from trivium.data.hub import local
     from trivium.evaluate.exam import Exam, prompts_from, texts_from
 
-    def rows(stage: Stage) -> tuple[list[Path], float | None]:
+    def rows(stage: Stage) -> tuple[list[Mix], float | None]:
         """Where a stage's held-out rows lie, and their share of these rows."""
-        if isinstance(stage.eval_data, str):
-            return [local(stage.eval_data)], None
-        paths = [stage.data] if isinstance(stage.data, str) else stage.data
-        return [local(p) for p in paths], stage.eval_data or None
+        own = held_out_from(stage)
+        return (own, None) if own is not None else (trained_on(stage), held_out_share(stage) or None)
 
     prompts: tuple[Any, ...] = ()
     if recipe.prompts is not None:

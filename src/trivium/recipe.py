@@ -6,10 +6,11 @@ None here; `stages.py` gives them the defaults of their stage and says so.
 
 from __future__ import annotations
 
+import datetime
 import math
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator, model_validator
 from pydantic_core import PydanticCustomError
 
 from trivium.errors import RecipeError, nearest
@@ -40,14 +41,50 @@ class Strict(BaseModel):
         return value
 
 
+class DataSource(Strict):
+    """One source of rows: a path, or more to be said of it."""
+
+    path: str = Field(min_length=1, description="File, folder, glob or hf://owner/name/path.")
+    weight: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="Its share of the examples, against the other sources' weights."
+    )
+    fields: dict[str, str] | None = Field(
+        None, description="What its fields are called: {prompt: question_text}, ours by theirs; meta.text goes inside."
+    )
+
+    def plain(self) -> Any:
+        """As short as it can be written."""
+        told = self.model_dump(exclude_none=True)
+        return told["path"] if set(told) == {"path"} else told
+
+
+def _sources(value: Any) -> Any:
+    """A path, a mapping, or a list of them, as a list of mappings."""
+    if not value or not isinstance(value, (str, dict, list)):
+        raise _wrong("it names no file", "give a file, a folder, a glob, hf://owner/name/path, or a list of them")
+    listed = value if isinstance(value, list) else [value]
+    return [{"path": one} if isinstance(one, str) else one for one in listed]
+
+
+def _as_written(value: Any) -> Any:
+    if not isinstance(value, list):
+        return value
+    told = [source.plain() for source in value]
+    return told[0] if len(told) == 1 else told
+
+
 class Stage(Strict):
     """One step of the walk. What is left out gets the default of its stage, or its parent's value, and is printed."""
 
     name: str = Field(description="The stage's name and the name of its folder.", pattern=NAME)
     stage: str = Field(description="What it does: pretrain, sft or preference.")
     from_: str | None = Field(None, alias="from", description="The stage it starts from; left out: the recipe's model.")
-    data: str | list[str] = Field(description="File, folder, glob, hf://owner/name/path, or a list of them.")
-    eval_data: str | float | None = Field(None, description="Held-out rows: a path, a share of data, or 0 for none.")
+    data: list[DataSource] = Field(
+        description="File, folder, glob, hf://owner/name/path, or a list of them; or {path, weight, fields}."
+    )
+    eval_data: float | list[DataSource] | None = Field(
+        None, description="Held-out rows: as data, or a share of it (decided row by row), or 0 for none."
+    )
     epochs: float | None = Field(None, gt=0, description="Passes over the data.")
     max_steps: int | None = Field(None, ge=1, description="Optimizer steps, instead of epochs.")
     batch_size: int | None = Field(None, ge=1, description="Examples per optimizer step.")
@@ -64,9 +101,23 @@ class Stage(Strict):
     max_length: int | None = Field(
         None,
         ge=2,
-        description="Longest example in tokens: longer text is split, longer rows are set aside and counted.",
+        description="Longest example in tokens; on_overflow says what becomes of longer rows.",
+    )
+    on_overflow: Literal["error", "drop", "truncate_left", "truncate_right", "split"] | None = Field(
+        None,
+        description="What becomes of rows longer than max_length or the model's context. Left out: text is split; "
+        "other rows are an error if max_length was given, else dropped and counted.",
     )
     bad_rows: float | None = Field(None, ge=0, le=1, description="Share of unusable rows at which the run stops.")
+    duplicates: Literal["keep", "drop"] | None = Field(
+        None, description="Whether rows that were there before, word for word, are used again."
+    )
+    scored: Literal["best_worst", "all"] | None = Field(
+        None, description="Pairs of a scored list of answers: best against worst, or all, every better against worse."
+    )
+    date: datetime.date | None = Field(
+        None, description="The date that a chat template which asks for it is told; left out: today."
+    )
     train_on: Literal["assistant", "last", "all"] | None = Field(
         None, description="Which turns of a conversation are trained."
     )
@@ -119,19 +170,28 @@ class Stage(Strict):
             raise _wrong(f"the run's folder needs the name '{value}' itself", f"choose another name: {remedy}")
         return value
 
-    @field_validator("data")
+    @field_validator("data", mode="before")
     @classmethod
     def _data(cls, value: Any) -> Any:
-        if not value:
-            raise _wrong("it names no file", "give a file, a folder, a glob, hf://owner/name/path, or a list of them")
-        return value
+        return _sources(value)
 
-    @field_validator("eval_data")
+    @field_validator("eval_data", mode="before")
     @classmethod
     def _eval_data(cls, value: Any) -> Any:
-        if isinstance(value, float) and not 0 <= value < 1:
-            raise ValueError("a share of the data lies between 0 and 1")
-        return value
+        if value is None or isinstance(value, (int, float)):
+            if value is not None and not 0 <= value < 1:
+                raise ValueError("a share of the data lies between 0 and 1")
+            return value
+        return _sources(value)
+
+    @property
+    def paths(self) -> Any:
+        """Where its rows come from, as short as it can be written."""
+        return _as_written(self.data)
+
+    @field_serializer("data", "eval_data")
+    def _short(self, value: Any) -> Any:
+        return _as_written(value)
 
     @model_validator(mode="after")
     def _consistent(self) -> Stage:
@@ -150,6 +210,17 @@ class Stage(Strict):
                 raise ValueError(f"{name}: only a stage that learns from pairs has one")
         if self.train_on is not None and rows != "conversation":
             raise ValueError("train_on: only a stage that learns from conversations has one")
+        if self.scored is not None and rows != "pair":
+            raise ValueError("scored: only a stage that learns from pairs has one")
+        if self.on_overflow == "split" and rows != "text":
+            raise ValueError("on_overflow: only text can be split; use error, drop, truncate_left or truncate_right")
+        if self.date is not None and rows == "text":
+            raise ValueError("date: text has no chat template that could ask for it")
+        weighted = [source.weight is not None for source in self.data]
+        if any(weighted) and not all(weighted):
+            raise ValueError("data: give every source a weight, or none")
+        if isinstance(self.eval_data, list) and any(source.weight for source in self.eval_data):
+            raise ValueError("eval_data: every row is looked at once, so that its sources have no weight")
         full = self.method is None or self.method["name"] == "full"
         if self.optimizer == "muon" and not full:
             raise ValueError("optimizer: muon is for full training; use adamw with an adapter")

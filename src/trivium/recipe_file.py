@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from trivium.errors import RecipeError, listed, nearest
-from trivium.recipe import MEND, Recipe, Stage
+from trivium.recipe import MEND, DataSource, Recipe, Stage
 
 
 def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
@@ -137,7 +137,8 @@ def _explained(error: ValidationError, value: dict[str, Any], node: Any, path: P
     place += context.get("place", [])
     line, shown = _line_of(node, place), _shown(place, value)
     if first["type"] == "extra_forbidden":
-        fields = Stage.model_fields if len(place) > 1 else Recipe.model_fields
+        inside = DataSource if "data" in place or "eval_data" in place else Stage
+        fields = inside.model_fields if len(place) > 1 else Recipe.model_fields
         names = [f.alias or n for n, f in fields.items()]
         return RecipeError(
             f"{path}{line}: unknown key {shown}{nearest(str(place[-1]), names)}", f"keys there are: {listed(names, 40)}"
@@ -189,9 +190,8 @@ def _absolute(recipe: Recipe, folder: Path) -> Recipe:
     if recipe.eval_text is not None:
         recipe.eval_text = place(recipe.eval_text)
     for stage in recipe.stages:
-        stage.data = [place(d) for d in stage.data] if isinstance(stage.data, list) else place(stage.data)
-        if isinstance(stage.eval_data, str):
-            stage.eval_data = place(stage.eval_data)
+        for source in [*stage.data, *(stage.eval_data if isinstance(stage.eval_data, list) else [])]:
+            source.path = place(source.path)
     if isinstance(recipe.model, str):
         recipe.model = _model_place(recipe.model, folder)
     else:

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from trivium.data.chat import ChatTemplate
-from trivium.data.examples import Prepared, prepare
-from trivium.data.hub import local
 from trivium.data.loader import Batching, RunOrder, pack
-from trivium.data.rows import Listed
-from trivium.errors import DataError
-from trivium.forest import Example, Forest, lay_out
+from trivium.data.overlap import overlap
+from trivium.data.prepare import Prepared, prepare
+from trivium.data.rows import Listed, Mix
+from trivium.data.store import Examples
+from trivium.forest import Forest, lay_out
 from trivium.model.language_model import LanguageModel
 from trivium.recipe import Stage
+from trivium.sources import held_out_from, held_out_share, trained_on
 from trivium.stages import STAGES
 from trivium.train.log import say
 
@@ -31,38 +31,35 @@ class InMemory:
 
 def stage_examples(
     stage: Stage, model: LanguageModel, template: ChatTemplate, given: InMemory | None = None
-) -> tuple[Prepared, list[Example]]:
+) -> tuple[Prepared, Examples]:
     """The examples to train on and those held out; the ledger is printed. Raises DataError where none is left."""
-    share = stage.eval_data if isinstance(stage.eval_data, (int, float)) else 0.0
-    if stage.max_length and stage.max_length > model.context:  # a default; what the recipe says is checked before
+    written = stage.max_length is not None and stage.max_length <= model.context
+    if stage.max_length and not written:  # a default; what the recipe says is checked before
         say(f"  max_length {model.context}, which is the model's context")
 
-    def ready(sources: Sequence[Path | Listed], holdout: float) -> Prepared:
+    def ready(sources: Sequence[Mix | Listed], holdout: float) -> Prepared:
         return prepare(
             sources, kind=STAGES[stage.stage].rows, tokenizer=model.tokenizer, template=template,
-            train_on=stage.train_on or "assistant", max_length=stage.max_length,
-            context=min(stage.max_length or model.context, model.context), holdout=holdout,
+            train_on=stage.train_on or "assistant", max_length=stage.max_length if written else None,
+            context=model.context, on_overflow=stage.on_overflow, pairs=stage.scored or "best_worst",
+            duplicates=stage.duplicates or "keep", holdout=holdout,
             bad_rows=stage.bad_rows if stage.bad_rows is not None else 0.01,
         )  # fmt: skip
 
-    data = ready([given.rows] if given else [local(p) for p in _listed(stage.data)], float(share))
+    data = ready([given.rows] if given else trained_on(stage), held_out_share(stage))
     for line in data.ledger.lines():
         say(f"  {line}")
-    held_out = data.held_out[:HELD_OUT_MOST]
+    own = held_out_from(stage)
     if given and given.held_out is not None:
         held_out = ready([given.held_out], 0.0).examples
-    elif isinstance(stage.eval_data, str):
-        held_out = ready([local(stage.eval_data)], 0.0).examples
-    if not data.examples:
-        raise DataError(f"{stage.data}: nothing left to train on", "give more rows, or eval_data: 0")
+    else:
+        held_out = ready(own, 0.0).examples if own is not None else data.held_out[:HELD_OUT_MOST]
+    for line in overlap(data.examples, held_out).lines():
+        say(f"  {line}")
     return data, held_out
 
 
-def _listed(paths: str | list[str]) -> list[str]:
-    return [paths] if isinstance(paths, str) else paths
-
-
-def run_order(stage: Stage, examples: list[Example]) -> RunOrder:
+def run_order(stage: Stage, data: Prepared) -> RunOrder:
     """Which examples each step takes."""
     batching = Batching(
         seed=int(stage.seed or 0),
@@ -72,17 +69,10 @@ def run_order(stage: Stage, examples: list[Example]) -> RunOrder:
         epochs=stage.epochs,
         max_steps=stage.max_steps,
     )
-    return RunOrder([e.tokens for e in examples], batching)
+    return RunOrder(data.examples.sizes, batching, data.sources)
 
 
-def used_examples(order: RunOrder, examples: list[Example]) -> list[Example]:
-    """The examples that the run will see, each once."""
-    if order.epochs >= 1:
-        return examples
-    return [examples[i] for i in sorted({i for n in range(len(order)) for g in order[n] for i in g})]
-
-
-def packed(examples: list[Example], tokens: int, device: object) -> Iterator[Forest]:
+def packed(examples: Examples, tokens: int, device: object) -> Iterator[Forest]:
     """Examples packed for gradient-free passes of at most ``tokens`` tokens."""
-    groups = pack(list(range(len(examples))), [e.tokens for e in examples], tokens)
-    yield from (lay_out([examples[i] for i in g]).to(str(device)) for g in groups)
+    groups = pack(range(len(examples)), examples.sizes, tokens)
+    yield from (lay_out(examples.at(g)).to(str(device)) for g in groups)

@@ -7,6 +7,7 @@ the objective declares. Final metrics are taken on what was saved.
 from __future__ import annotations
 
 import contextlib
+import datetime
 import math
 import platform
 import time
@@ -19,14 +20,15 @@ import torch
 
 from trivium import __version__
 from trivium.data.chat import ChatTemplate
-from trivium.data.examples import Prepared
 from trivium.data.loader import RunOrder
+from trivium.data.prepare import Prepared
+from trivium.data.store import Examples
 from trivium.data.templates import chat_template
 from trivium.evaluate.held_out import evaluate
 from trivium.evaluate.judge import ALONG_THE_WAY, Judge, shares
 from trivium.files import clear_errors, folder_bytes
 from trivium.folder import Opened, round_to, save
-from trivium.forest import Example, Forest, lay_out
+from trivium.forest import Forest, lay_out
 from trivium.model.language_model import LanguageModel
 from trivium.model.proof import Proof, prove
 from trivium.objectives import objective
@@ -35,7 +37,7 @@ from trivium.peft import base as deltas
 from trivium.peft.settings import FullSettings, Settings, method_name, settings_of
 from trivium.peft.targets import decoder_layers
 from trivium.recipe import Stage
-from trivium.stage_data import InMemory, packed, run_order, stage_examples, used_examples
+from trivium.stage_data import InMemory, packed, run_order, stage_examples
 from trivium.stage_proof import probe, prove_start, recomputes
 from trivium.talk import Talker
 from trivium.train import recompute
@@ -92,9 +94,9 @@ class Work:
 
     template: ChatTemplate
     data: Prepared
-    held_out: list[Example]
+    held_out: Examples
     order: RunOrder
-    used: list[Example]  # the examples that the run will see, each once
+    used: Examples  # the examples that the run will see, each once
     goal: Objective
     settings: Settings
     parent: dict[str, torch.Tensor] | None  # the parent's small weights; None: the bare base is the parent
@@ -144,13 +146,13 @@ def run_stage(run: StageRun) -> dict[str, Any]:
 def _prepared(run: StageRun) -> Work:
     """Data, method and objective, and the proof that the packed rows are computed right."""
     stage, model = run.stage, run.model
-    template = chat_template(model.tokenizer)
+    template = chat_template(model.tokenizer, stage.date)
     data, held_out = stage_examples(stage, model, template, run.data)
     peft = stage.method is not None and stage.method["name"] != "full"
     base = run.adapter_base() if peft and run.adapter_base else None
     settings, parent = _attach(run)
-    order = run_order(stage, data.examples)
-    used = used_examples(order, data.examples)
+    order = run_order(stage, data)
+    used = data.examples.at(order.used())
     proof = prove(model, probe(used))
     say(f"  {proof.line()}")
     goal = objective(stage.model_dump())
@@ -279,9 +281,14 @@ def _report(
         "rows": {**data.ledger.as_dict(), "evaluated": len(work.held_out)},
         "proof": asdict(work.proof),
         "dtype": {"computation": str(model.dtype), "saved": str(model.saved_dtype)},
-        "template": {"sha256": template.sha256, "origin": template.origin, "stop_ids": sorted(template.stop_ids)},
+        "template": _of_template(template),
         "versions": _versions(),
     }
+
+
+def _of_template(template: ChatTemplate) -> dict[str, Any]:
+    date = {"date": str(template.date or datetime.date.today())} if template.jinja.uses_date else {}
+    return {"sha256": template.sha256, "origin": template.origin, "stop_ids": sorted(template.stop_ids), **date}
 
 
 def _versions() -> dict[str, str]:

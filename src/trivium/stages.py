@@ -34,6 +34,7 @@ COMMON = {
     "epochs": 1.0,
     "eval_data": 0.05,
     "bad_rows": 0.01,
+    "duplicates": "keep",
     "method": {"name": "full"},
 }
 
@@ -51,7 +52,7 @@ STAGES = {
     "preference": StageKind(
         "pair",
         {**COMMON, "loss": "dpo", "beta": 0.1, "batch_size": 16, "learning_rate": 1e-6, "warmup_ratio": 0.1,
-         "schedule": "linear", "weight_decay": 0.0},
+         "schedule": "linear", "weight_decay": 0.0, "scored": "best_worst"},
     ),
 }  # fmt: skip
 

@@ -11,10 +11,11 @@ from typing import TYPE_CHECKING, Any
 from trivium.errors import DataError, RecipeError
 from trivium.files import clear_errors, sha256_json, whole_folder, write_json
 from trivium.recipe import Recipe, Stage
+from trivium.sources import hashes, trained_on
 from trivium.train.log import clock, say
 
 if TYPE_CHECKING:
-    from trivium.data.rows import Source
+    from trivium.data.rows import Mix, Source
     from trivium.folder import Opened
     from trivium.model.language_model import LanguageModel
 
@@ -100,7 +101,6 @@ def add_tokens(model: Any, stage: Stage, settings: Any) -> None:
 
 def _tokenizer(recipe: Recipe, stage: Stage, out: Path) -> None:
     """The tokenizer of a new model, in ``out/tokenizer``: the one given, or trained on the first stage's text."""
-    from trivium.data.hub import local
     from trivium.folder import load_tokenizer, record_of
 
     assert isinstance(recipe.model, dict)
@@ -116,15 +116,14 @@ def _tokenizer(recipe: Recipe, stage: Stage, out: Path) -> None:
     if given:
         tokenizer = load_tokenizer(Path(given))
     else:
-        paths = [stage.data] if isinstance(stage.data, str) else stage.data
-        tokenizer = tokenizer_from([local(p) for p in paths], size_asked)
+        tokenizer = tokenizer_from(trained_on(stage), size_asked)
     with whole_folder(final) as partial, clear_errors(final):
         tokenizer.save_pretrained(partial)
         made = {"trivium": 1, "identity": identity, "made_from": made_from, "lineage": []}
         write_json(partial / "trivium.json", made)
 
 
-def tokenizer_from(sources: Sequence[Source], vocab_size: int) -> Any:
+def tokenizer_from(sources: Sequence[Source | Mix], vocab_size: int) -> Any:
     """A tokenizer trained on the text of some rows."""
     from trivium.data.rows import texts_of
     from trivium.data.tokenizer import train_tokenizer
@@ -162,15 +161,8 @@ def fresh_model(sizes: dict[str, Any], tokenizer: Any, seed: int, dtype: str, de
 
 
 def data_hashes(stage: Stage) -> dict[str, Any]:
-    """SHA-256 of the files a stage reads; raises DataError where one is missing."""
-    from trivium.data.hub import local
-    from trivium.data.rows import files_of, sha256_of
-
-    paths = [stage.data] if isinstance(stage.data, str) else stage.data
+    """What tells a stage's data from other data; raises DataError where a file is missing."""
     try:
-        hashes: dict[str, Any] = {"sha256": sha256_of([f for p in paths for f in files_of(local(p))])}
-        if isinstance(stage.eval_data, str):
-            hashes["eval_sha256"] = sha256_of(files_of(local(stage.eval_data)))
+        return hashes(stage)
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}", "check the file and its rights") from None
-    return hashes

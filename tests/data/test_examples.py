@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trivium.data.examples import Prepared, prepare, split
+from trivium.data.examples import split
 from trivium.data.ledger import Ledger
+from trivium.data.prepare import Prepared, prepare
 from trivium.data.rows import Listed, read_rows
 from trivium.data.templates import chat_template
 from trivium.data.tokenizer import train_tokenizer
@@ -35,7 +37,11 @@ def run(path: Path | list[Path], kind: Any, **more: Any) -> Prepared:
     return prepare(path, kind=kind, tokenizer=TOKENIZER, **{"bad_rows": 1.0, **settings})
 
 
-def text_bytes(examples: list[Any]) -> int:
+def bad(done: Prepared) -> list[tuple[str, str]]:
+    return [(place.origin, place.reason) for place in done.ledger.bad() if place.tokens is None]
+
+
+def text_bytes(examples: Iterable[Any]) -> int:
     return sum(e.text_bytes for e in examples)
 
 
@@ -63,8 +69,8 @@ def test_texts(tmp_path: Path) -> None:
     assert sum(p.trained_tokens for p in pieces) == len(ids) - 1
     assert TOKENIZER.decode(last.tokens[1:-1].tolist()) == "  x "
     ledger = done.ledger
-    assert (ledger.read, ledger.used, ledger.split, len(ledger.set_aside)) == (4, 3, 1, 1)
-    assert ledger.set_aside[0] == (f"{tmp_path}/a.jsonl:3", "empty text")
+    assert (ledger.read, ledger.used, ledger.counts["split"], ledger.set_aside) == (4, 3, 1, 1)
+    assert bad(done) == [(f"{tmp_path}/a.jsonl:3", "empty text")]
     assert text_bytes(done.examples) == len(("Once upon" + long + "  x ").encode())
     assert ledger.longest == len(ids)
     for piece in done.examples[1:-1]:  # what a piece trains, but for characters that tokens cut in two
@@ -91,11 +97,12 @@ def test_conversations_are_never_cut(tmp_path: Path) -> None:
     (sequence,) = done.examples[0].sequences
     assert TOKENIZER.decode(sequence.tokens[sequence.weights > 0].tolist()) == "A hare. é<|end|>"
     ledger = done.ledger
-    assert (ledger.read, ledger.used, ledger.over_long, len(ledger.set_aside), ledger.duplicates) == (5, 2, 1, 2, 1)
-    assert ledger.over_long_at[0][0].endswith(":2")
-    assert ledger.over_long_at[0][1] == ledger.longest > 64
+    assert (ledger.read, ledger.used, ledger.over_long, ledger.set_aside, ledger.duplicates) == (5, 2, 1, 2, 1)
+    assert ledger.first_over_long is not None
+    assert ledger.first_over_long.line == 2
+    assert ledger.first_over_long.tokens == ledger.longest > 64
     assert text_bytes(done.examples) == 2 * len("A hare. é".encode())
-    assert [o[-2:] for o, _ in ledger.set_aside] == [":3", ":4"]
+    assert [o[-2:] for o, _ in bad(done)] == [":3", ":4"]
 
 
 def test_max_length_and_context(tmp_path: Path) -> None:
@@ -103,7 +110,7 @@ def test_max_length_and_context(tmp_path: Path) -> None:
     n = len(run(file, "conversation").examples[0].sequences[0].tokens)
     assert run(file, "conversation", max_length=n).ledger.used == 1
     assert run(file, "conversation", max_length=9999).ledger.limit == 64
-    with pytest.raises(DataError, match=rf"more than {n - 1} tokens \(first .*:1: {n}\)"):
+    with pytest.raises(DataError, match=rf"more than {n - 1} tokens \(first .*:1: {n};"):
         run(file, "conversation", max_length=n - 1)
 
 
@@ -120,7 +127,7 @@ def test_pairs(tmp_path: Path) -> None:
     assert TOKENIZER.decode(rejected.tokens[rejected.weights > 0].tolist()) == "A turtle.<|end|>"
     prompt = TEMPLATE.encode_prompt([{"role": "user", "content": "What is it?"}])
     assert chosen.tokens[: len(prompt)].tolist() == rejected.tokens[: len(prompt)].tolist() == prompt
-    assert done.ledger.set_aside == [(f"{tmp_path}/a.jsonl:2", "chosen and rejected are the same")]
+    assert bad(done) == [(f"{tmp_path}/a.jsonl:2", "chosen and rejected are the same")]
 
 
 def test_answers_that_differ_only_in_what_the_template_trims(tmp_path: Path) -> None:
@@ -139,7 +146,7 @@ def test_answers_that_differ_only_in_what_the_template_trims(tmp_path: Path) -> 
         context=64,
         bad_rows=1.0,
     )
-    assert [r for _, r in done.ledger.set_aside] == ["chosen and rejected are the same once tokenised"]
+    assert [r for _, r in bad(done)] == ["chosen and rejected are the same once tokenised"]
 
 
 def test_several_answers_of_a_pair_are_all_trained_and_the_prompts_are_not(tmp_path: Path) -> None:
@@ -178,7 +185,7 @@ def test_rows_in_memory_are_rows_of_a_file_without_a_name(tmp_path: Path) -> Non
     for mine, theirs in zip(here.examples, there.examples, strict=True):
         assert np.array_equal(mine.sequences[0].tokens, theirs.sequences[0].tokens)
     assert [e.origin for e in here.examples] == ["mine:1", "mine:4"]
-    assert [origin for origin, _ in here.ledger.set_aside] == ["mine:2", "mine:3"]
+    assert [origin for origin, _ in bad(here)] == ["mine:2", "mine:3"]
     assert here.ledger.source == "mine"
 
 
@@ -208,7 +215,8 @@ def test_ledger_tells_and_writes(tmp_path: Path) -> None:
     assert account["reasons"] == {"'messages' is empty": 1}
     ledger.write_quarantine(tmp_path / "q.jsonl")
     written = [r.value for r in read_rows(tmp_path / "q.jsonl")]  # type: ignore[union-attr]
-    assert [w["origin"][-2:] for w in written] == [":5", ":4"]
+    assert [w["origin"][-2:] for w in written] == [":4", ":5"]
+    assert [w["row"] for w in written] == rows[3:]
     with pytest.raises(AssertionError, match="accounted"):
         Ledger(read=1).balance()
 

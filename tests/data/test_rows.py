@@ -55,9 +55,70 @@ def test_json_array_numbers_its_elements(tmp_path: Path) -> None:
     file = tmp_path / "a.json"
     file.write_text('[\n{"text": "one"},\n 2,\n{"text": "\\udc00"},\n{"text": "four"}\n]\n')
     found = outcome(file)
-    assert (found[1], found[4]) == ("ok", "ok")
-    assert "a number" in found[2]
-    assert "surrogate" in found[3]
+    assert (found[2], found[5]) == ("ok", "ok")
+    assert "a number" in found[3]
+    assert "surrogate" in found[4]
+
+
+def test_json_array_on_one_line_numbers_its_elements(tmp_path: Path) -> None:
+    file = tmp_path / "a.json"
+    file.write_text('[{"text": "one"}, 2, {"text": "three"}]')
+    assert outcome(file) == {1: "ok", 2: "a number, not an object with fields", 3: "ok"}
+
+
+def test_an_array_larger_than_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trivium.data.readers.BLOCK", 7)  # every value, word and character is cut somewhere
+    values = [{"text": "ö" * n, "n": [True, None, 12345]} for n in range(30)]
+    file = tmp_path / "a.json"
+    file.write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
+    rows = list(read_rows(file))
+    assert [r.value for r in rows if isinstance(r, Row)] == values
+    lines = file.read_text(encoding="utf-8").splitlines()
+    assert all(lines[r.line - 1].strip() == "{" for r in rows)
+
+
+@pytest.mark.parametrize("size", [1, 3, 10, 1000])
+def test_blocks_of_any_size_give_the_same_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    file = tmp_path / "a.jsonl"
+    file.write_bytes(b"".join(b'{"n": %d}\n' % n for n in range(50)) + b'\n{"cut')
+    whole = list(read_rows(file))
+    monkeypatch.setattr("trivium.data.readers.BLOCK", size)
+    assert list(read_rows(file)) == whole
+    assert whole[-1].line == 52
+
+
+def test_a_line_too_long_to_be_a_row_is_named_and_the_rest_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("trivium.data.readers.LONGEST_LINE", 5000)
+    monkeypatch.setattr("trivium.data.readers.BLOCK", 1000)
+    lines = [b'{"n": 1}', b'{"text": "' + b"x" * 20_000 + b'"}', b'{"n": 3}', b'{"n": "' + b"y" * 4900 + b'"}', b"{}"]
+    for name, packed in (("a.jsonl", False), ("a.jsonl.gz", True)):
+        data = b"\n".join(lines)
+        (tmp_path / name).write_bytes(gzip.compress(data) if packed else data)
+        found = outcome(tmp_path / name)
+        assert found == {1: "ok", 2: found[2], 3: "ok", 4: "ok", 5: "ok"}
+        assert "a line of 20,012 bytes; the longest that is read has 5,000" in found[2]
+
+
+def test_long_texts_come_in_passages_that_join_to_the_file(tmp_path: Path) -> None:
+    file = tmp_path / "a.txt"
+    text = "".join(f"Paragraph {n}: wörds and wörds.\n" + "\n" * (n % 3 == 0) for n in range(5000)) + "é" * 70_000
+    file.write_text(text, encoding="utf-8")
+    rows = [r for r in read_rows(file) if isinstance(r, Row)]
+    assert "".join(r.value["text"] for r in rows) == text
+    assert [r.goes_on for r in rows] == [True] * (len(rows) - 1) + [False]
+    assert all(len(r.value["text"].encode()) <= 2**15 for r in rows)
+    assert [text.splitlines()[r.line - 1][:9] for r in rows[:5]] == [r.value["text"][:9] for r in rows[:5]]
+
+
+def test_rows_in_memory_are_what_a_file_would_hold() -> None:
+    import datetime
+
+    rows = list(read_rows(Listed([{"d": datetime.date(2026, 1, 2)}, {"t": "\ud800"}, {1: "a"}])))
+    assert isinstance(rows[0], Row)
+    assert rows[0].value == {"d": "2026-01-02"}
+    assert [isinstance(r, BadRow) for r in rows] == [False, True, True]
 
 
 @pytest.mark.parametrize(
@@ -107,7 +168,7 @@ def test_text_files_are_one_row(tmp_path: Path) -> None:
     (tmp_path / "b.md").write_bytes(b"one\ntwo\n\xe4\n")
     rows = list(read_rows(tmp_path))
     assert rows[0] == Row({"text": "one\r\ntwö\n"}, str(tmp_path / "a.txt"), 1)
-    assert rows[1] == BadRow(str(tmp_path / "b.md"), 3, "not UTF-8: byte 0xe4")
+    assert rows[1] == BadRow(str(tmp_path / "b.md"), 3, "not UTF-8: byte 0xe4", "one\ntwo\n\\xe4\n")
 
 
 def test_parquet(tmp_path: Path) -> None:

@@ -1,12 +1,13 @@
-"""Chat templates, and exactly which tokens of a conversation are trained.
+"""Exactly which tokens of a conversation are trained, whatever its chat template.
 
     template = chat_template(tokenizer)
     sequences = template.encode(messages, train_on="assistant")
 
-A conversation is rendered once and tokenised once. What is trained is found by comparing renderings, in characters:
-the assistant's turn ``i`` is what ``render(messages[:i+1])`` adds to ``render(messages[:i], generation prompt)``, up to
-and with its stop token. So the mask is right for any template, with or without generation markers; a template for
-which this does not hold is refused, row by row, with the reason.
+A conversation is rendered and tokenised once. What is trained is found by comparing renderings, in characters: the
+assistant's turn ``i`` is what ``render(messages[:i+1])`` adds to ``render(messages[:i], generation prompt)``, up to and
+with its stop token. So the mask is right for any template, with or without generation markers; where the prompt that
+asks for a turn is no beginning of the turn's rendering (a template that opens the reasoning, say), the turn begins
+behind its role's header, or where the template's own markers say.
 
 Where the template rewrites earlier turns (one that drops earlier reasoning, say), each assistant turn becomes a
 sequence of its own, as the model will have seen it when it is asked for that turn; the forest shares what is common.
@@ -14,55 +15,63 @@ sequence of its own, as the model will have seen it when it is asked for that tu
 
 from __future__ import annotations
 
+import datetime
 import hashlib
+import json
 import re
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 
+from trivium.data.encoder import GUARD, Encoder, Tokens
 from trivium.data.formats import Message, RowError
+from trivium.data.sandbox import Template, TemplateRefused
 from trivium.forest import TokenSequence
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
 
 TrainOn = Literal["assistant", "last", "all"]
 
-# The names under which templates know an answer's reasoning; transformers hands each under all of them.
+# The names under which templates know an answer's reasoning; each is handed over under all of them.
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True, slots=True)
 class Rendered:
-    """A rendered conversation and the spans ``[start, end)`` of its characters that are trained, in order."""
+    """A rendered conversation (guards in it, see `encoder`) and the spans ``[start, end)`` of its characters that are
+    trained, in order; those that are an assistant's turn end with its stop token."""
 
     text: str
     spans: tuple[tuple[int, int], ...]
     answer_bytes: int  # UTF-8 bytes of the trained text, stop tokens not counted
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """``n`` tokens and, for each, where its characters start and end in the text: three arrays ``[n]``."""
-
-    ids: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
+    turns: tuple[bool, ...] = ()  # whether each span is an assistant's turn
 
 
 @dataclass(frozen=True, eq=False)
 class ChatTemplate:
-    """A tokenizer's chat template and how its assistant's turns end. Made by ``templates.chat_template``."""
+    """A tokenizer's chat template and how its assistant's turns begin and end. Made by ``templates.chat_template``."""
 
-    tokenizer: PreTrainedTokenizerFast
+    encoder: Encoder
     source: str  # Jinja
     origin: str  # one line: where it came from
-    ending: str = ""  # all that the template puts after the assistant's text in the last turn: "<|im_end|>\n"
+    header: str = ""  # what the template puts between a question and the assistant's text: "<|im_start|>assistant\n"
+    ending: str = ""  # all that it puts after the assistant's text in the last turn: "<|im_end|>\n"
     stop_text: str = ""  # the part of it that is trained: "<|im_end|>"
     stop_id: int = -1  # the token with which it ends
+    appended: str = ""  # the stop text, where the template puts none after the last turn
+    in_parts: bool = False  # it prints content that is a list of parts: of models that see pictures
+    date: datetime.date | None = None  # what a template that asks for the date is told; None: today
+
+    def dump(self) -> dict[str, Any]:
+        """All but the encoder, as plain values."""
+        found = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "encoder"}
+        return found | {"date": None if self.date is None else self.date.isoformat()}
+
+    @classmethod
+    def load(cls, encoder: Encoder, dumped: dict[str, Any]) -> ChatTemplate:
+        date = None if dumped["date"] is None else datetime.date.fromisoformat(dumped["date"])
+        return cls(encoder, **(dumped | {"date": date}))
 
     @cached_property
     def sha256(self) -> str:
@@ -71,23 +80,16 @@ class ChatTemplate:
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Tokens at which generation stops: the one that ends the assistant's turn, and the tokenizer's own EOS."""
-        eos = self.tokenizer.eos_token_id
+        eos = self.encoder.eos_id
         return frozenset({self.stop_id} | ({int(eos)} if eos is not None else set()))
 
     @cached_property
-    def bos_id(self) -> int | None:
-        return added_bos(self.tokenizer)
-
-    @cached_property
-    def _added_ids(self) -> np.ndarray:
-        return np.array(sorted(self.tokenizer.added_tokens_decoder), dtype=np.int64)
-
-    @cached_property
-    def _control(self) -> re.Pattern[str]:
-        """Matches any control token's text. The unknown token is none: corpora are full of it."""
-        texts = [t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special]
-        texts = [t for t in texts if t != self.tokenizer.unk_token]
-        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+    def jinja(self) -> Template:
+        """The template compiled. Raises RowError."""
+        try:
+            return Template(self.source, self.encoder.variables)
+        except TemplateRefused as error:
+            raise RowError(f"the chat template is broken: {error}") from None
 
     # --- rendering
 
@@ -95,32 +97,31 @@ class ChatTemplate:
         self, messages: Sequence[Message], add_generation_prompt: bool = False, tools: list[Any] | None = None
     ) -> str:
         """The conversation as text. Raises RowError with the template's own message where it refuses."""
-        import jinja2
-
         self._must_print(messages, tools)
+        asked: dict[str, Any] = {"add_generation_prompt": add_generation_prompt, "tools": tools, "date": self.date}
+        if self.in_parts:
+            messages = [{**m, "content": [{"type": "text", "text": m["content"]}]} for m in messages]
         try:
-            return str(
-                self.tokenizer.apply_chat_template(
-                    list(messages),
-                    tools=tools,
-                    chat_template=self.source,
-                    add_generation_prompt=add_generation_prompt,
-                    tokenize=False,
-                )
-            )
-        except (jinja2.TemplateError, ValueError, TypeError, KeyError, AttributeError, IndexError) as error:
-            raise RowError(
-                f"the chat template refuses the conversation: {str(error) or type(error).__name__}"
-            ) from None
+            return self.jinja.render(messages, **asked)
+        except TemplateRefused as error:
+            first = error
+        if any(m.get("tool_calls") for m in messages):  # some templates want a call's arguments as text
+            try:
+                return self.jinja.render([_with_text_arguments(m) for m in messages], **asked)
+            except TemplateRefused:
+                pass
+        raise RowError(f"the chat template refuses the conversation: {first}")
 
     def _must_print(self, messages: Sequence[Message], tools: list[Any] | None) -> None:
         """What a template has no place for would be lost without a word."""
         if tools and "tools" not in self.source:
             raise RowError("the row has 'tools', which the chat template does not print")
         for number, message in enumerate(messages, start=1):
-            for fields in (("tool_calls",), REASONING):
-                held = [f for f in fields if message.get(f)]
-                if held and not any(f in self.source for f in fields):
+            if len(message) == 2:  # role and content
+                continue
+            for names in (("tool_calls",), REASONING):
+                held = [f for f in names if message.get(f)]
+                if held and not any(f in self.source for f in names):
                     raise RowError(f"message {number} has '{held[0]}', which the chat template does not print")
 
     def lay_out(
@@ -128,89 +129,125 @@ class ChatTemplate:
     ) -> list[Rendered]:
         """The conversation with its trained spans: one rendering, or one per trained turn where the template
         rewrites earlier ones. Raises RowError."""
-        self._no_control_tokens(messages)
-        if train_on == "all":
+        messages, tools = self._guarded(messages), self.encoder.guarded(tools)
+        wanted = trained(messages, train_on)
+        if train_on == "all" and len(wanted) == len(messages):
             text = self.render(messages, tools=tools)
-            return [Rendered(text, ((0, len(text)),), len(text.encode("utf-8")))]
-        turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
-        turns = [i for i in (turns[-1:] if train_on == "last" else turns) if m_trained(messages[i])]
-        if not turns:
+            return [Rendered(text, ((0, len(text)),), _bytes(text), (False,))]
+        if not wanted:
             raise RowError("no assistant turn to train")
-        # What comes after the last trained turn is nothing that any trained token can see.
-        whole = self.render(messages[: turns[-1] + 1], tools=tools)
-        parts = [self._turn(messages, i, whole if i == turns[-1] else None, tools) for i in turns]
-        if all(whole.startswith(text[:end]) for text, _, end in parts):
-            return [self._rendered(whole, [(start, end) for _, start, end in parts])]
-        return [self._rendered(text, [(start, end)]) for text, start, end in parts]
+        # What comes after the last trained message is nothing that any trained token can see.
+        whole = self.render(messages[: wanted[-1] + 1], tools=tools)
+        parts = []
+        for i in wanted:
+            own = whole if i == wanted[-1] else None
+            turn = messages[i]["role"] == "assistant" and train_on != "all"
+            parts.append((self._turn if turn else self._message)(messages, i, own, tools))
+        whole = parts[-1][0]
+        if all(whole.startswith(text[:end]) for text, _, end, _ in parts):
+            return [self._rendered(whole, [part[1:] for part in parts])]
+        return [self._rendered(text, [(start, end, turn)]) for text, start, end, turn in parts]
 
     def lay_out_answer(
         self, prompt: Sequence[Message], answer: Sequence[Message], tools: list[Any] | None = None
     ) -> Rendered:
         """``prompt`` and then ``answer``, of which every assistant turn is trained. Raises RowError."""
-        untrained = [{**m, "weight": 0} if m["role"] == "assistant" else m for m in prompt]
-        rendered = self.lay_out([*untrained, *answer], "assistant", tools)
+        rendered = self.lay_out([*({**m, "train": False} for m in prompt), *answer], "assistant", tools)
         if len(rendered) > 1:
             raise RowError("an answer of several turns, and the chat template rewrites the earlier ones")
         return rendered[0]
 
+    def _guarded(self, messages: Sequence[Message]) -> list[Message]:
+        """Whatever looks like a control token in a message stays text: else a turn could end early, or be forged."""
+        if any(self.encoder.names_control(text) for m in messages for text in _texts(m)):
+            if any(GUARD in text for m in messages for text in _texts(m)):
+                raise RowError("holds U+FDD0, which is no character")
+            return list(self.encoder.guarded(list(messages)))
+        return list(messages)
+
     def _turn(
         self, messages: Sequence[Message], i: int, text: str | None, tools: list[Any] | None
-    ) -> tuple[str, int, int]:
+    ) -> tuple[str, int, int, bool]:
         """Assistant turn ``i``: the rendering that ends with it, and where its trained span starts and ends there."""
         if i == 0:
             raise RowError("begins with the assistant's message: nothing asks for it; put a user message before it")
         text = self.render(messages[: i + 1], tools=tools) if text is None else text
         prompt = self.render(messages[:i], add_generation_prompt=True, tools=tools)
+        start, text = len(prompt), text + self.appended
         if not text.startswith(prompt):
-            raise RowError(
-                f"the chat template, asked for message {i + 1}, ends the prompt with {prompt[-24:]!r}, "
-                "but renders the answered conversation without it: what to train is ambiguous"
-            )
-        start, end = len(prompt), len(text)
+            text, start = self._begun_otherwise(messages, i, text, prompt, tools)
+        self._must_hold(messages[i], text[start:], i)
+        end = len(text)
         if text.endswith(self.ending) and end - len(self.ending) >= start:
-            return text, start, end - len(self.ending) + len(self.stop_text)
+            return text, start, end - len(self.ending) + len(self.stop_text), True
         # Some turns, tool calls for one, end in their own way; the stop token itself must be there.
         stop = self.stop_text.strip()
         if (at := text.rfind(stop, start)) < 0:
             raise RowError(f"message {i + 1} does not end with the stop token {stop!r} in the chat template")
-        return text, start, at + len(stop)
+        return text, start, at + len(stop), True
 
-    def _rendered(self, text: str, spans: list[tuple[int, int]]) -> Rendered:
-        answers = sum(len(text[a:b].encode("utf-8")) - len(self.stop_text.encode("utf-8")) for a, b in spans)
-        return Rendered(text, tuple(spans), answers)
+    def _begun_otherwise(
+        self, messages: Sequence[Message], i: int, text: str, prompt: str, tools: list[Any] | None
+    ) -> tuple[str, int]:
+        """A turn that does not begin with the prompt that asks for it: its rendering, and where it starts there."""
+        said = str(messages[i]["content"])
+        before = self.render(messages[:i], tools=tools) + self.header
+        opened = prompt[len(before) :]  # "<think>\n": the model is asked to go on from there
+        if prompt.startswith(before) and opened.strip() and said.startswith(opened.rstrip()):
+            rest = said[len(opened.rstrip()) :].removeprefix(opened[len(opened.rstrip()) :])
+            return prompt + rest + self.ending, len(prompt)
+        if self.header and text.startswith(before):
+            return text, len(before)
+        if self.jinja.has_markers:
+            marked, spans = self.jinja.marked(messages[: i + 1], tools=tools, date=self.date)
+            if marked == text and spans:
+                return text, spans[-1][0]
+        raise RowError(
+            f"the chat template, asked for message {i + 1}, ends the prompt with {prompt[-24:]!r}, "
+            "but renders the answered conversation without it: what to train is ambiguous"
+        )
 
-    def _no_control_tokens(self, messages: Sequence[Message]) -> None:
-        """A control token written out in a message would become the token: a turn that ends early, a forged role."""
-        for number, message in enumerate(messages, start=1):
-            if found := self._control.search(message.get("content") or ""):
-                raise RowError(f"message {number} holds the control token {found[0]!r} as text")
+    def _must_hold(self, message: Message, turn: str, i: int) -> None:
+        """What a template leaves out of a turn, reasoning above all, would be lost without a word."""
+        reasoning = next((str(message[f]) for f in REASONING if message.get(f)), "")
+        for piece in (reasoning, *re.split("</?think>", str(message["content"]))):
+            if piece.strip() and piece.strip() not in turn:
+                raise RowError(f"the chat template leaves out a part of message {i + 1}: {piece.strip()[:40]!r}")
+
+    def _message(
+        self, messages: Sequence[Message], i: int, text: str | None, tools: list[Any] | None
+    ) -> tuple[str, int, int, bool]:
+        """Message ``i`` of any role with all that the template puts around it, as ``_turn``."""
+        text = self.render(messages[: i + 1], tools=tools) if text is None else text
+        before = self.render(messages[:i], tools=tools) if i else ""
+        if not text.startswith(before):
+            raise RowError(f"the chat template rewrites what stands before message {i + 1}: it cannot be told apart")
+        return text, len(before), len(text), False
+
+    def _rendered(self, text: str, spans: Iterable[tuple[int, int, bool]]) -> Rendered:
+        spans = list(spans)
+        stop = len(self.stop_text.encode("utf-8"))
+        answers = sum(_bytes(text[a:b]) - stop * turn for a, b, turn in spans)
+        return Rendered(text, tuple((a, b) for a, b, _ in spans), answers, tuple(turn for *_, turn in spans))
 
     # --- tokens
 
     def tokenize(self, texts: Sequence[str]) -> list[Tokens]:
         """Rendered texts as tokens, in one batched call; exactly one BOS where the tokenizer adds one by itself."""
-        encoded = self.tokenizer(
-            list(texts),
-            add_special_tokens=False,
-            return_offsets_mapping=True,
-            return_attention_mask=False,
-            return_token_type_ids=False,
-            verbose=False,
-        )
-        return [self._tokens(ids, at) for ids, at in zip(encoded["input_ids"], encoded["offset_mapping"], strict=True)]
+        return [self._one_bos(tokens) for tokens in self.encoder.tokens(texts)]
 
-    def _tokens(self, ids: list[int], offsets: list[tuple[int, int]]) -> Tokens:
-        at = np.array(offsets, np.int64).reshape(-1, 2)
-        end = np.maximum.accumulate(at[:, 1]) if len(at) else at[:, 1]
+    def _one_bos(self, tokens: Tokens) -> Tokens:
+        ids, start, end = tokens.ids, tokens.start, tokens.end
+        end = np.maximum.accumulate(end) if len(end) else end
         # Some tokenizers leave white space out of a token's offsets: a token takes what lies before it.
-        start = np.minimum(at[:, 0], np.concatenate([[0], end[:-1]])) if len(at) else at[:, 0]
-        tokens = np.array(ids, np.int32)
-        if self.bos_id is not None:
-            others = np.flatnonzero(tokens != self.bos_id)
-            first = int(others[0]) if len(others) else len(tokens)
-            tokens = np.concatenate([np.array([self.bos_id], np.int32), tokens[first:]])
+        start = np.minimum(start, np.concatenate([[0], end[:-1]])) if len(start) else start
+        bos = self.encoder.bos_id
+        if bos is not None:
+            others = np.flatnonzero(ids != bos)
+            first = int(others[0]) if len(others) else len(ids)
+            ids = np.concatenate([np.array([bos], np.int32), ids[first:]])
             start, end = np.concatenate([[0], start[first:]]), np.concatenate([[0], end[first:]])
-        return Tokens(tokens, start, end)
+        return Tokens(ids, start, end)
 
     def weigh(self, rendered: Rendered, tokens: Tokens) -> TokenSequence:
         """Weight 1 for every token with a character in a trained span, else 0.
@@ -221,12 +258,12 @@ class ChatTemplate:
         """
         ids, start, end = tokens.ids, tokens.start, tokens.end
         weights = np.zeros(len(ids), np.float32)
-        for a, b in rendered.spans:
-            inside = (start < b) & ((end > a) | ((start >= a) & (end == start)))
-            swallowed = (start < a) & np.isin(ids, self._added_ids)
-            weights[inside & ~swallowed] = 1
-            last = np.flatnonzero(inside)[-1:]
-            if (a, b) != (0, len(rendered.text)) and (not len(last) or ids[last[0]] != self.stop_id):
+        for (a, b), turn in zip(rendered.spans, rendered.turns, strict=True):
+            inside = np.arange(np.searchsorted(end, a, "left"), np.searchsorted(start, b, "left"))
+            inside = inside[(end[inside] > a) | ((start[inside] >= a) & (end[inside] == start[inside]))]
+            swallowed = (start[inside] < a) & np.isin(ids[inside], self.encoder.added_ids)
+            weights[inside[~swallowed]] = 1
+            if turn and (not len(inside) or ids[inside[-1]] != self.stop_id):
                 raise RowError(f"a trained turn does not end with the stop token {self.stop_text.strip()!r}")
         if len(weights):
             weights[0] = 0  # nothing comes before it
@@ -241,17 +278,46 @@ class ChatTemplate:
 
     def encode_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
         """The tokens after which the model is to answer. Raises RowError."""
-        return self.tokenize([self.render(messages, add_generation_prompt=True, tools=tools)])[0].ids.tolist()
+        text = self.render(self._guarded(messages), add_generation_prompt=True, tools=self.encoder.guarded(tools))
+        return self.tokenize([text])[0].ids.tolist()
 
 
-def m_trained(message: Message) -> bool:
-    """A message may carry OpenAI's ``"weight": 0``: read, but not trained."""
-    return message.get("weight", 1) != 0
+def trained(messages: Sequence[Message], train_on: TrainOn) -> list[int]:
+    """Which messages are trained: those that ``train_on`` names, unless a message says ``"train"`` itself, or in
+    OpenAI's words ``"weight": 0``."""
+    answers = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    named = {"assistant": answers, "last": answers[-1:], "all": list(range(len(messages)))}[train_on]
+
+    def says(i: int, message: Message) -> bool:
+        if "train" in message:
+            return bool(message["train"])
+        return i in named and message.get("weight", 1) != 0
+
+    return [i for i, m in enumerate(messages) if says(i, m)]
 
 
-def added_bos(tokenizer: PreTrainedTokenizerFast) -> int | None:
-    """The BOS that the tokenizer puts in front of every text by itself, if it does."""
-    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
-    full = tokenizer("a")["input_ids"]
-    bos = tokenizer.bos_token_id
-    return bos if bos is not None and full[:1] == [bos] and bare[:1] != [bos] else None
+def _texts(value: Any) -> Iterable[str]:
+    """All texts in a message, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (dict, list)):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _texts(inner)
+
+
+def _with_text_arguments(message: Message) -> Message:
+    if not message.get("tool_calls"):
+        return message
+
+    def written(call: Any) -> Any:
+        function = call.get("function") if isinstance(call, dict) else None
+        if not isinstance(function, dict) or isinstance(function.get("arguments"), str):
+            return call
+        arguments = json.dumps(function.get("arguments"), ensure_ascii=False)
+        return {**call, "function": {**function, "arguments": arguments}}
+
+    return {**message, "tool_calls": [written(call) for call in message["tool_calls"]]}
+
+
+def _bytes(text: str) -> int:
+    return len(text.replace(GUARD, "").encode("utf-8"))

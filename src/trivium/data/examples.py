@@ -1,185 +1,236 @@
-"""From files to examples: every stage's data becomes token ids with a weight per token, every row accounted for.
+"""From rows to examples: token ids with a weight per token, and an account of every row. One block at a time.
 
-    prepared = prepare(Path("chats.jsonl"), kind="conversation", tokenizer=tokenizer,
-                       template=chat_template(tokenizer), max_length=None, context=2048)
+    maker = Maker(Spec("conversation", limit=2048), encoder, template)
+    made = maker.make(block.rows("chats.jsonl"))         # Made: examples as columns, and what became of the rows
 
-What becomes of a row too long for ``max_length`` (or the model's ``context``): a text is split, so that every token
-is still trained exactly once; a conversation or pair is set aside and counted. Nothing is ever cut silently.
+What becomes of a row longer than ``limit`` is said by ``on_overflow``; nothing is ever cut silently. A part of the
+prepared data (`store`) is what is made of one block, here or in another process (`workers`), the same in both.
 
-Cost: one batched tokenizer call per 1,000 rows; tokens and weights are held in memory, 8 bytes a token.
+Cost: one batched tokenizer call per block.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from itertools import chain, islice, pairwise
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from itertools import islice, pairwise
+from typing import Any, Literal
 
 import numpy as np
 
-from trivium.data.chat import ChatTemplate, Rendered, TrainOn, added_bos
-from trivium.data.formats import Conversation, Kind, Pair, RowError, Text, parse
-from trivium.data.ledger import Ledger
-from trivium.data.rows import BadRow, Listed, Row, Source, read_rows
+from trivium.data.chat import ChatTemplate, Rendered, TrainOn
+from trivium.data.encoder import GUARD, Encoder, canonical
+from trivium.data.formats import Conversation, Kind, Pair, Prompt, Rating, RowError, Scored, Text, mapped, parse
+from trivium.data.readers import BadRow, Row
 from trivium.forest import Example, TokenSequence
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+Overflow = Literal["error", "drop", "truncate_left", "truncate_right", "split"]
+Pairs = Literal["best_worst", "all"]
 
-CHUNK = 1000  # rows per tokenizer call
+
+@dataclass(frozen=True)
+class Spec:
+    """What is made of rows, but for the tokenizer and its template."""
+
+    kind: Kind
+    limit: int  # the most tokens a sequence may have
+    train_on: TrainOn = "assistant"
+    on_overflow: Overflow = "drop"
+    pairs: Pairs = "best_worst"  # of a scored list of answers
 
 
 @dataclass
-class Prepared:
-    """A data set ready for training."""
+class Made:
+    """What became of a block's rows. ``read == used + len(over_long) + len(set_aside)``."""
 
     examples: list[Example] = field(default_factory=list)
-    held_out: list[Example] = field(default_factory=list)
-    ledger: Ledger = field(default_factory=Ledger)
+    lines: list[int] = field(default_factory=list)  # per example: where its row stands,
+    digests: list[int] = field(default_factory=list)  # a hash of the row,
+    firsts: list[bool] = field(default_factory=list)  # and whether it is the row's first
+    read: int = 0
+    used: int = 0
+    set_aside: list[tuple[int, str, str]] = field(default_factory=list)  # (line, reason, the row)
+    over_long: list[tuple[int, int, str]] = field(default_factory=list)  # (line, tokens, the row)
+    counts: Counter[str] = field(default_factory=Counter)  # see `ledger.COUNTS`
 
 
 @dataclass(frozen=True)
 class _Draft:
-    """A row on its way: what is to be tokenised, one text per sequence."""
+    """A row on its way: what is to be tokenised, one text per sequence, and how many sequences make an example."""
 
     row: Row
-    held_out: bool
+    digest: int
     texts: tuple[Rendered, ...]
+    each: int  # sequences of an example
 
 
-def prepare(
-    source: Source | str | Sequence[Source | str],
-    *,
-    kind: Kind,
-    tokenizer: PreTrainedTokenizerFast,
-    template: ChatTemplate | None = None,
-    train_on: TrainOn = "assistant",
-    max_length: int | None = None,
-    context: int,
-    holdout: float = 0.0,
-    bad_rows: float = 0.01,
-) -> Prepared:
-    """Read, recognise, render and tokenise all rows of ``source``: paths, or rows in memory.
+@dataclass(frozen=True)
+class Maker:
+    """Makes examples of rows. ``template`` may be None for plain text alone."""
 
-    ``holdout`` is the part of the rows kept out of training, decided by each row's own content: adding rows moves
-    none from one side to the other, and identical rows are on the same side.
-    Raises DataError where a file is missing, nothing useful is left, or more than ``bad_rows`` (a share) are unusable.
-    """
-    assert kind == "text" or template is not None, "conversations and pairs need a chat template"
-    given = [source] if isinstance(source, (str, Path, Listed)) else source
-    sources = [Path(s) if isinstance(s, str) else s for s in given]
-    limit = min(max_length or context, context)
-    assert limit >= 2, "a sequence needs two tokens: one to predict from and one to predict"
-    done = Prepared(ledger=Ledger(source=", ".join(map(str, sources)), limit=limit))
-    seen: set[bytes] = set()
-    for chunk in _chunks(chain.from_iterable(read_rows(s) for s in sources), CHUNK):
-        drafts = list(_drafts(chunk, kind, template, train_on, holdout, done.ledger, seen))
-        if kind == "text":
-            _finish_texts(drafts, tokenizer, limit, done)
+    spec: Spec
+    encoder: Encoder
+    template: ChatTemplate | None = None
+
+    def make(self, rows: Iterable[Row | BadRow], fields: dict[str, str] | None = None) -> Made:
+        """All rows of a block; ``fields`` renames theirs to ours."""
+        made = Made()
+        drafts = list(self._drafts(rows, fields, made))
+        finish = self._finish_texts if self.spec.kind == "text" else self._finish_chats
+        if drafts:
+            finish(drafts, made)
+        return made
+
+    def _drafts(self, rows: Iterable[Row | BadRow], fields: dict[str, str] | None, made: Made) -> Iterator[_Draft]:
+        """Rows recognised and rendered; the others are entered as set aside."""
+        for row in rows:
+            made.read += 1
+            if isinstance(row, BadRow):
+                made.set_aside.append((row.line, row.reason, row.raw))
+                continue
+            try:
+                value = mapped(row.value, fields) if fields else row.value
+                texts, each = self._render(parse(value, self.spec.kind))
+            except RowError as error:
+                made.set_aside.append((row.line, str(error), canonical(row.value)))
+                continue
+            made.counts["rewritten"] += self.spec.kind == "conversation" and len(texts) > 1
+            made.counts["control_as_text"] += any(GUARD in t.text for t in texts)
+            yield _Draft(row, digest_of(row.value), texts, each)
+
+    def _render(
+        self, parsed: Text | Conversation | Pair | Scored | Rating | Prompt
+    ) -> tuple[tuple[Rendered, ...], int]:
+        """The texts of a row, and how many of them make one example."""
+        if isinstance(parsed, Text):
+            text = self.encoder.guarded(parsed.text) if self.encoder.names_control(parsed.text) else parsed.text
+            return (Rendered(text, (), 0),), 1
+        template = self.template
+        assert template is not None, "conversations and pairs need a chat template"
+        if isinstance(parsed, Conversation):
+            texts = tuple(template.lay_out(parsed.messages, self.spec.train_on, parsed.tools))
+            return texts, len(texts)
+        if isinstance(parsed, Rating):
+            return (template.lay_out_answer(parsed.prompt, parsed.answer, parsed.tools),), 1
+        if isinstance(parsed, Prompt):
+            return (Rendered(template.render(parsed.messages, True, parsed.tools), (), 0),), 1
+        pairs = parsed.pairs(self.spec.pairs) if isinstance(parsed, Scored) else [parsed]
+        laid = [template.lay_out_answer(p.prompt, a, p.tools) for p in pairs for a in (p.chosen, p.rejected)]
+        return tuple(laid), 2
+
+    # --- documents
+
+    def _finish_texts(self, drafts: list[_Draft], made: Made) -> None:
+        """[BOS] text [EOS], every token trained but the first, split where longer than the limit."""
+        bos, eos = self.encoder.bos_id, self.encoder.eos_id
+        before = 0 if bos is None else 1
+        plain = iter(self.encoder.encodings([t for d in drafts if GUARD not in (t := d.texts[0].text)]))
+        for draft in drafts:
+            text = draft.texts[0].text
+            encoding = next(plain) if GUARD not in text else None
+            found = self.encoder.tokens([text])[0] if encoding is None else None
+            ids = encoding.ids if encoding is not None else found.ids.tolist() if found else []
+            tokens = np.array([*[bos] * before, *ids, *([] if eos is None or draft.row.goes_on else [eos])], np.int32)
+            if len(tokens) < 2:
+                reason = "no trained token: the text is a single token"
+                made.set_aside.append((draft.row.line, reason, canonical(draft.row.value)))
+                continue
+            pieces = self._fitting_text(tokens, draft, made)
+            if not pieces:
+                continue
+            ends: list[int] = []
+            if found is not None:
+                ends = found.end.tolist()
+            elif encoding is not None and (len(pieces) > 1 or not before):
+                ends = [end for _, end in encoding.offsets]
+            sizes = _piece_bytes(text, ends, before, len(pieces), self.spec.limit)
+            sequences = [TokenSequence(piece, _all_but_first(len(piece))) for piece in pieces]
+            self._place(draft, [Example((s,), "", n) for s, n in zip(sequences, sizes, strict=True)], made)
+
+    def _fitting_text(self, tokens: np.ndarray, draft: _Draft, made: Made) -> list[np.ndarray]:
+        """A text's tokens in pieces that fit; none where it is over-long."""
+        limit, how = self.spec.limit, self.spec.on_overflow
+        if len(tokens) <= limit:
+            return [tokens]
+        if how == "split":
+            made.counts["split"] += 1
+            return split(tokens, limit)
+        if how in ("truncate_left", "truncate_right"):
+            made.counts["cut"] += 1
+            made.counts["cut_trained"] += len(tokens) - limit
+            return [tokens[:limit] if how == "truncate_right" else tokens[-limit:]]
+        made.over_long.append((draft.row.line, len(tokens), canonical(draft.row.value)))
+        return []
+
+    # --- conversations, pairs and the like
+
+    def _finish_chats(self, drafts: list[_Draft], made: Made) -> None:
+        """Conversations (one example of one or more sequences), pairs (of two: chosen, rejected), and the others."""
+        assert self.template is not None
+        tokenised = iter(self.template.tokenize([r.text for d in drafts for r in d.texts]))
+        for draft in drafts:
+            tokens = list(islice(tokenised, len(draft.texts)))
+            try:
+                sequences = [self.template.weigh(r, t) for r, t in zip(draft.texts, tokens, strict=True)]
+                groups = [sequences[i : i + draft.each] for i in range(0, len(sequences), draft.each)]
+                self._must_train(groups, "")
+                longest = max(len(s.tokens) for s in sequences)
+                if longest > self.spec.limit:
+                    if self.spec.on_overflow not in ("truncate_left", "truncate_right"):
+                        made.over_long.append((draft.row.line, longest, canonical(draft.row.value)))
+                        continue
+                    before = sum(s.trained_tokens for s in sequences)
+                    groups = [self._truncated(group) for group in groups]
+                    self._must_train(groups, f" once cut to {self.spec.limit} tokens")
+                    made.counts["cut"] += 1
+                    made.counts["cut_trained"] += before - sum(s.trained_tokens for g in groups for s in g)
+            except RowError as error:
+                made.set_aside.append((draft.row.line, str(error), canonical(draft.row.value)))
+                continue
+            size = 0 if self.spec.kind == "pair" else sum(r.answer_bytes for r in draft.texts)
+            self._place(draft, [Example(tuple(g), "", size) for g in groups], made)
+
+    def _must_train(self, groups: list[list[TokenSequence]], when: str) -> None:
+        """Every example trains something, and pairs differ. Raises RowError."""
+        if self.spec.kind == "prompt":
+            return
+        for group in groups:
+            if not group or not all(s.trained_tokens for s in group):
+                raise RowError(f"no trained token{when}")
+            if self.spec.kind == "pair" and np.array_equal(group[0].tokens, group[1].tokens):
+                raise RowError(f"chosen and rejected are the same{when or ' once tokenised'}")
+
+    def _truncated(self, group: list[TokenSequence]) -> list[TokenSequence]:
+        """Sequences cut to the limit. From the left all lose equally much, so that a pair keeps one prompt."""
+        limit = self.spec.limit
+        if self.spec.on_overflow == "truncate_right":
+            cut = [TokenSequence(s.tokens[:limit], s.weights[:limit]) for s in group]
         else:
-            assert template is not None
-            _finish_chats(drafts, template, kind, limit, done)
-    done.ledger.balance()
-    done.ledger.check(bad_rows)
-    return done
+            lost = max(len(s.tokens) for s in group) - limit
+            keep = int(self.encoder.bos_id is not None)  # the BOS stays in front
+            if self.spec.kind == "pair" and any(s.weights[: keep + lost + 1].any() for s in group):
+                raise RowError(f"its answers alone have more than {limit} tokens: cut from the left, none has a prompt")
+            cut = [_without(s, keep, keep + max(lost, 0)) for s in group]
+        return [s for s in cut if s.trained_tokens] if self.spec.kind == "conversation" else cut
+
+    def _place(self, draft: _Draft, examples: list[Example], made: Made) -> None:
+        made.used += 1
+        made.examples += examples
+        made.lines += [draft.row.line] * len(examples)
+        made.digests += [draft.digest] * len(examples)
+        made.firsts += [True] + [False] * (len(examples) - 1)
 
 
-def _chunks(rows: Iterable[Row | BadRow], size: int) -> Iterator[list[Row | BadRow]]:
-    rows = iter(rows)
-    while chunk := list(islice(rows, size)):
-        yield chunk
+def digest_of(value: dict[str, Any]) -> int:
+    """A row's identity in 64 bits: the same for the same fields in any order."""
+    return int.from_bytes(hashlib.sha256(canonical(value).encode("utf-8")).digest()[:8], "big")
 
 
-def _drafts(
-    rows: list[Row | BadRow],
-    kind: Kind,
-    template: ChatTemplate | None,
-    train_on: TrainOn,
-    holdout: float,
-    ledger: Ledger,
-    seen: set[bytes],
-) -> Iterator[_Draft]:
-    """Rows recognised and rendered; the others are entered in the ledger."""
-    for row in rows:
-        ledger.read += 1
-        if isinstance(row, BadRow):
-            ledger.set_aside.append((row.origin, row.reason))
-            continue
-        digest = content_hash(row.value)
-        ledger.duplicates += digest in seen
-        seen.add(digest)
-        try:
-            texts = _render(parse(row.value, kind), template, train_on)
-        except RowError as error:
-            ledger.set_aside.append((row.origin, str(error)))
-            continue
-        yield _Draft(row, on_the_held_out_side(digest, holdout), texts)
-
-
-def content_hash(value: dict[str, Any]) -> bytes:
-    """A row's identity: the same for the same fields in any order. 16 bytes."""
-    canonical = json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(canonical.encode("utf-8")).digest()[:16]
-
-
-def on_the_held_out_side(digest: bytes, share: float) -> bool:
-    """Whether a row with this content is among the ``share`` of the rows that is never trained on."""
-    return int.from_bytes(digest[:8], "big") < share * 2**64
-
-
-def _render(
-    parsed: Text | Conversation | Pair, template: ChatTemplate | None, train_on: TrainOn
-) -> tuple[Rendered, ...]:
-    if isinstance(parsed, Text):
-        return (Rendered(parsed.text, ((0, len(parsed.text)),), len(parsed.text.encode("utf-8"))),)
-    assert template is not None
-    if isinstance(parsed, Conversation):
-        return tuple(template.lay_out(parsed.messages, train_on, parsed.tools))
-    chosen, rejected = (
-        template.lay_out_answer(parsed.prompt, a, parsed.tools) for a in (parsed.chosen, parsed.rejected)
-    )
-    return chosen, rejected
-
-
-def _finish_texts(drafts: list[_Draft], tokenizer: PreTrainedTokenizerFast, limit: int, done: Prepared) -> None:
-    """Documents: [BOS] text [EOS], every token trained but the first, split where longer than ``limit``."""
-    if not drafts:
-        return
-    bos, eos = added_bos(tokenizer), tokenizer.eos_token_id
-    encoded = tokenizer(
-        [d.texts[0].text for d in drafts],
-        add_special_tokens=False,
-        return_attention_mask=False,
-        return_token_type_ids=False,
-        verbose=False,
-    )
-    for draft, encoding in zip(drafts, encoded.encodings, strict=True):
-        text, before = draft.texts[0].text, 0 if bos is None else 1
-        tokens = np.array([*[bos] * before, *encoding.ids, *([] if eos is None else [eos])], np.int32)
-        if len(tokens) < 2:
-            done.ledger.set_aside.append((draft.row.origin, "no trained token: the text is a single token"))
-            continue
-        pieces = [TokenSequence(piece, _all_but_first(len(piece))) for piece in split(tokens, limit)]
-        done.ledger.split += len(pieces) > 1 and not draft.held_out
-        sizes = _piece_bytes(text, encoding, before, len(pieces), limit)
-        examples = [Example((p,), draft.row.origin, n) for p, n in zip(pieces, sizes, strict=True)]
-        _place(draft, examples, len(tokens), done)
-
-
-def _piece_bytes(text: str, encoding: Any, before: int, pieces: int, limit: int) -> list[int]:
-    """UTF-8 bytes that each piece of a text trains; ``before`` tokens stand in front of the text's own."""
-
-    def end_of(place: int) -> int:
-        return encoding.offsets[place - before][1] if place >= before and encoding.ids else 0
-
-    if pieces == 1 and before:
-        return [len(text.encode("utf-8"))]
-    cuts = [*(end_of(n * (limit - 1)) for n in range(pieces)), len(text)]
-    return [len(text[start:stop].encode("utf-8")) for start, stop in pairwise(cuts)]
+def held_out_below(share: float) -> int:
+    """A row is among the ``share`` of the rows that is never trained on if its digest is below this."""
+    return int(share * 2**64)
 
 
 def split(tokens: np.ndarray, limit: int) -> list[np.ndarray]:
@@ -187,47 +238,29 @@ def split(tokens: np.ndarray, limit: int) -> list[np.ndarray]:
     return [tokens[at : at + limit] for at in range(0, max(len(tokens) - 1, 1), limit - 1)]
 
 
+def _without(s: TokenSequence, start: int, stop: int) -> TokenSequence:
+    """A sequence without its tokens ``[start, stop)``; what is first then is not trained."""
+    weights = np.concatenate([s.weights[:start], s.weights[stop:]])
+    weights[:1] = 0
+    return TokenSequence(np.concatenate([s.tokens[:start], s.tokens[stop:]]), weights)
+
+
+def _piece_bytes(text: str, ends: list[int], before: int, pieces: int, limit: int) -> list[int]:
+    """UTF-8 bytes that each piece of a text trains. ``ends``: where each token of the text ends in it; ``before``
+    tokens stand in front of the text's own."""
+
+    def bytes_of(start: int, stop: int) -> int:
+        return len(text[start:stop].replace(GUARD, "").encode("utf-8"))
+
+    if pieces == 1:
+        first = 0 if before or not ends else ends[0]
+        return [bytes_of(first, len(text))]
+    cuts = [ends[min(place, len(ends)) - 1] if place > 0 else 0
+            for place in (n * (limit - 1) - before + 1 for n in range(pieces))]  # fmt: skip
+    return [bytes_of(start, stop) for start, stop in pairwise([*cuts, len(text)])]
+
+
 def _all_but_first(n: int) -> np.ndarray:
     weights = np.ones(n, np.float32)
     weights[:1] = 0
     return weights
-
-
-def _finish_chats(drafts: list[_Draft], template: ChatTemplate, kind: Kind, limit: int, done: Prepared) -> None:
-    """Conversations (one example of one or more sequences) and pairs (one example: chosen, rejected)."""
-    if not drafts:
-        return
-    tokenised = iter(template.tokenize([r.text for d in drafts for r in d.texts]))
-    for draft in drafts:
-        tokens = list(islice(tokenised, len(draft.texts)))
-        try:
-            sequences = [template.weigh(r, t) for r, t in zip(draft.texts, tokens, strict=True)]
-            if not all(s.trained_tokens for s in sequences):
-                raise RowError("no trained token")
-            if kind == "pair" and np.array_equal(sequences[0].tokens, sequences[1].tokens):
-                raise RowError("chosen and rejected are the same once tokenised")
-        except RowError as error:
-            done.ledger.set_aside.append((draft.row.origin, str(error)))
-            continue
-        longest = max(len(s.tokens) for s in sequences)
-        if longest > limit:
-            done.ledger.over_long += 1
-            done.ledger.over_long_at.append((draft.row.origin, longest))
-            done.ledger.longest = max(done.ledger.longest, longest)
-            continue
-        size = 0 if kind == "pair" else sum(r.answer_bytes for r in draft.texts)
-        _place(draft, [Example(tuple(sequences), draft.row.origin, size)], longest, done)
-
-
-def _place(draft: _Draft, examples: list[Example], longest: int, done: Prepared) -> None:
-    """Enter a finished row on its side."""
-    ledger = done.ledger
-    ledger.longest = max(ledger.longest, longest)
-    if draft.held_out:
-        ledger.held_out += 1
-        done.held_out += examples
-        return
-    ledger.used += 1
-    ledger.tokens += sum(len(s.tokens) for e in examples for s in e.sequences)
-    ledger.trained_tokens += sum(e.trained_tokens for e in examples)
-    done.examples += examples

@@ -1,63 +1,70 @@
 """Which of the usual formats a row is in, told by its fields: there is nothing to register.
 
     parse(row.value, "conversation")  ->  Conversation(messages=[{"role": "user", ...}, {"role": "assistant", ...}])
+    format_of(row.value)              ->  Format(name="ShareGPT", kind="conversation")
 
     kind           taken by        formats
-    text           pretraining     {"text"}
+    text           pretraining     {"text"}; {"content"}, {"document"} or {"body"} where no other field is known
     conversation   SFT             {"messages"}, {"conversations"} (ShareGPT), {"prompt", "completion"},
                                    {"instruction", "input", "output"} (Alpaca), {"question", "answer"} and the like
     pair           preference      {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} as two whole
-                                   conversations that begin alike (or HH-RLHF's strings, "\\n\\nHuman: ...")
+                                   conversations that begin alike (or HH-RLHF's strings, "\\n\\nHuman: ..."), or
+                                   {"prompt", "answers", "scores"}, the scores also inside the answers
+    rating         nothing yet     {"prompt", "completion", "label": true}
+    prompt         nothing yet     {"prompt"}, or {"messages"} that end with the user's turn
+
+The formats are listed in ``misfit.FORMATS``, the names that a field goes by beside them. Names in capitals are known
+too. Where a row could be several things, it is what it is asked for; what ``format_of`` says is the most it could be.
 
 A row that does not fit raises ``RowError``: the reason names what was seen and what to write.
 """
 
 from __future__ import annotations
 
-import difflib
-import re
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Message = dict[str, Any]
-Kind = Literal["text", "conversation", "pair"]
+from trivium.data.messages import (
+    Message,
+    alike,
+    from_hh,
+    has_answer,
+    is_hh,
+    messages_of,
+    prompt_of,
+    tools_of,
+    turn,
+    with_system,
+)
+from trivium.data.misfit import (
+    ANSWER_TEXT,
+    FORMATS,
+    SCORE,
+    SCORES,
+    TAKEN_BY,
+    Format,
+    Kind,
+    RowError,
+    a,
+    answer_field,
+    answers,
+    ask_field,
+    asks,
+    list_field,
+    mapped,
+    misfit,
+    scored_field,
+    shown,
+    sides,
+    text_field,
+)
 
-TAKEN_BY = {"text": "pretraining", "conversation": "SFT", "pair": "preference"}
-
-ROLES = {
-    "system": "system",
-    "developer": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-    "bot": "assistant",
-    "model": "assistant",
-    "chatgpt": "assistant",
-    "tool": "tool",
-    "function": "tool",
-    "observation": "tool",
-}
-
-# One good example per format, the fields in it being those the format needs. The first of a kind is what is advised.
-EXAMPLES: dict[Kind, tuple[dict[str, str], ...]] = {
-    "text": ({"text": '"..."'},),
-    "conversation": (
-        {"messages": '[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}]'},
-        {"prompt": '"..."', "completion": '"..."'},
-        {"conversations": '[{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}]'},
-        {"instruction": '"..."', "output": '"..."'},
-        {"question": '"..."', "answer": '"..."'},
-    ),
-    "pair": ({"prompt": '"..."', "chosen": '"..."', "rejected": '"..."'},),
-}
-
-ASK = ("prompt", "instruction", "question")
-ANSWER = ("completion", "output", "response", "answer")
-
-
-class RowError(Exception):
-    """One row cannot be used; ``str()`` is the reason. It is set aside and counted, the rest goes on."""
+__all__ = [
+    "FORMATS", "TAKEN_BY", "Conversation", "Format", "Kind", "Message", "Pair", "Parsed", "Prompt", "Rating",
+    "RowError", "Scored", "Text", "format_of", "mapped", "parse",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -85,228 +92,301 @@ class Pair:
     tools: list[Any] | None = None
 
 
-def parse(row_value: dict[str, Any], kind: Kind) -> Text | Conversation | Pair:
-    """The row as a thing of ``kind``. Raises RowError with the reason."""
-    row = {k: v for k, v in row_value.items() if v is not None}
-    seen = _kinds(row)
-    if kind not in seen:
-        raise RowError(_misfit(row, kind, seen))
-    if kind == "text":
-        if not isinstance(row["text"], str):
-            raise RowError(f"'text' is {_a(row['text'])}, not a string")
-        if not row["text"].strip():
-            raise RowError("empty text")
-        return Text(row["text"])
-    return _pair(row) if kind == "pair" else _conversation(row)
+@dataclass(frozen=True)
+class Scored:
+    """One prompt and two or more answers to it, with a finite score each; a higher score is a better answer."""
+
+    prompt: list[Message]
+    answers: list[list[Message]]
+    scores: list[float]
+    tools: list[Any] | None = None
+
+    def pairs(self, how: Literal["best_worst", "all"] = "best_worst") -> list[Pair]:
+        """Pairs of different answers with different scores: the one furthest apart, or all, furthest apart first.
+
+        Raises RowError where there is none.
+        """
+        n = range(len(self.scores))
+        found = [(i, j) for i in n for j in n if self.scores[i] > self.scores[j]]
+        if not found:
+            raise RowError("all answers have the same score")
+        found = [(i, j) for i, j in found if not alike(self.answers[i], self.answers[j])]
+        if not found:
+            raise RowError("answers with different scores are the same text")
+        found.sort(key=lambda ij: self.scores[ij[1]] - self.scores[ij[0]])
+        chosen = found[:1] if how == "best_worst" else found
+        return [Pair(self.prompt, self.answers[i], self.answers[j], self.tools) for i, j in chosen]
 
 
-def _kinds(row: dict[str, Any]) -> set[str]:
-    """Every kind whose fields are there (a row may carry several)."""
-    asks, answers = any(f in row for f in ASK), any(f in row for f in ANSWER)
-    found = {"text"} if "text" in row else set()
-    if "messages" in row or "conversations" in row or (asks and answers):
-        found.add("conversation")
-    if "chosen" in row and "rejected" in row:
-        found.add("pair")
+@dataclass(frozen=True)
+class Rating:
+    """One prompt, one answer to it, and whether a person found it good."""
+
+    prompt: list[Message]
+    answer: list[Message]
+    good: bool
+    tools: list[Any] | None = None
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Messages that want an answer."""
+
+    messages: list[Message]
+    tools: list[Any] | None = None
+
+
+Parsed = Text | Conversation | Pair | Scored | Rating | Prompt
+
+
+# --- recognising
+
+
+def parse(row_value: dict[str, Any], kind: Kind) -> Parsed:
+    """The row as a thing of ``kind``; a "pair" may be a ``Scored``. Raises RowError with the reason."""
+    row = _given(row_value)
+    if not _is(row, kind):
+        small = _in_small_letters(row)
+        if not _is(small, kind):
+            raise RowError(misfit(row, kind, _kinds(row) or _kinds(small)))
+        row = small
+    return _READ[kind](row)
+
+
+def format_of(row_value: dict[str, Any]) -> Format | None:
+    """The format whose fields the row has, whatever they hold; None where it has those of none."""
+    row = _given(row_value)
+    row = row if _kinds(row) else _in_small_letters(row)
+    found = _kinds(row)
+    return next(f for f in FORMATS if f.name == _name(row, found[0])) if found else None
+
+
+def _name(row: dict[str, Any], kind: Kind) -> str:
+    if kind == "pair":
+        found = sides(row)
+        if found is None:
+            return "scored answers"
+        if is_hh(row[found[0]]) or is_hh(row.get("prompt")):
+            return "HH-RLHF text"
+        return "preference pairs" + ("" if asks(row) or list_field(row) else " with an implicit prompt")
+    if kind == "conversation":
+        if field := list_field(row):
+            value = row[field]
+            first = value[0] if isinstance(value, list) and value else None
+            shared = "from" in first if isinstance(first, dict) else isinstance(value, str) and '"from"' in value[:99]
+            return "ShareGPT" if shared else "messages"
+        field = next((k for k in ("prompt", "instruction") if k in row), "")
+        return {"prompt": "prompt and completion", "instruction": "Alpaca"}.get(field, "question and answer")
+    return {"text": "text", "rating": "ratings", "prompt": "prompts"}[kind]
+
+
+_JSON = frozenset((str, int, float, bool, list, dict))
+
+
+def _given(row: dict[str, Any]) -> dict[str, Any]:
+    """The fields that hold something. Tables in memory have NaN for nothing, and numpy's arrays for lists."""
+    row = {k: v for k, v in row.items() if v is not None}
+    types = set(map(type, row.values()))
+    if types <= _JSON and float not in types:
+        return row
+    row = row if types <= _JSON else {k: _as_json(v) for k, v in row.items()}
+    return {k: v for k, v in row.items() if not isinstance(v, float) or v == v}
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(k): _as_json(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_as_json(v) for v in value]
+    return _as_json(value.tolist()) if hasattr(value, "tolist") else value
+
+
+def _in_small_letters(row: dict[str, Any]) -> dict[str, Any]:
+    small = {k.strip().lower(): v for k, v in row.items()}
+    return small if len(small) == len(row) else row
+
+
+def _kinds(row: dict[str, Any]) -> list[Kind]:
+    """Every kind whose fields are there, the one that says most first."""
+    order: tuple[Kind, ...] = ("pair", "rating", "conversation", "text", "prompt")
+    found = [k for k in order if _is(row, k)]
+    if found[:1] == ["conversation"] and (field := list_field(row)) and not has_answer(row[field]):
+        found.sort(key=lambda k: k != "prompt")
     return found
 
 
-def _misfit(row: dict[str, Any], kind: Kind, seen: set[str]) -> str:
-    if seen:
-        other = next(k for k in ("pair", "conversation", "text") if k in seen)
-        what = {"text": "plain text", "conversation": "a conversation", "pair": "a preference pair"}[other]
-        return (
-            f"{what} (fields {_named(row)}), which the {TAKEN_BY[other]} stage takes; "
-            f"the {TAKEN_BY[kind]} stage takes rows like {_example(EXAMPLES[kind][0])}"
-        )
-    if not row:
-        return f"no fields; write {_example(EXAMPLES[kind][0])}"
-
-    def likeness(example: dict[str, str]) -> float:
-        return sum(max(difflib.SequenceMatcher(None, f, r).ratio() for r in row) for f in example) / len(example)
-
-    best = max(EXAMPLES[kind], key=likeness)
-    best = best if likeness(best) >= 0.5 else EXAMPLES[kind][0]
-    lacking = ", ".join(f"'{f}'" for f in best if f not in row)
-    return f"fields {_named(row)} fit no {kind} format; nearest lacks {lacking}: write {_example(best)}"
+def _is(row: dict[str, Any], kind: Kind) -> bool:
+    """Whether the fields of a ``kind`` are there."""
+    if kind == "text":
+        return "text" in row or text_field(row) is not None
+    if kind == "pair":
+        return sides(row) is not None or scored_field(row) is not None
+    if kind == "prompt":
+        return asks(row) or list_field(row) is not None
+    talks = list_field(row) is not None or (asks(row) and answers(row))
+    # Someone's "bad" must not be learnt as an answer: what carries a verdict is no conversation.
+    return talks and ("label" in row and _verdict(row["label"]) is not None) == (kind == "rating")
 
 
-def _example(fields: dict[str, str]) -> str:
-    return "{" + ", ".join(f'"{k}": {v}' for k, v in fields.items()) + "}"
+def _verdict(label: Any) -> bool | None:
+    """True or false, 1 or 0, +1 or -1, or such a word; None for any other label."""
+    if isinstance(label, str):
+        return {"true": True, "1": True, "+1": True, "false": False, "0": False, "-1": False}.get(label.strip().lower())
+    return label > 0 if isinstance(label, (bool, int, float)) and label in (0, 1, -1) else None
 
 
-def _named(row: dict[str, Any]) -> str:
-    names = [f"'{str(k)[:40]}'" for k in row]
-    return ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+# --- texts, conversations, prompts, ratings
 
 
-def _a(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", type(None): "null"}
-    return names.get(type(value), "a number" if isinstance(value, (int, float)) else f"a {type(value).__name__}")
-
-
-# --- conversations
+def _text(row: dict[str, Any]) -> Text:
+    field = "text" if "text" in row else str(text_field(row))
+    if not isinstance(row[field], str):
+        raise RowError(f"'{field}' is {a(row[field])}, not a string")
+    if not row[field] or row[field].isspace():
+        raise RowError("empty text")
+    return Text(row[field])
 
 
 def _conversation(row: dict[str, Any]) -> Conversation:
-    if "messages" in row:
-        messages = _messages(row["messages"], "messages")
-    elif "conversations" in row:
-        messages = _messages(row["conversations"], "conversations")
+    if (field := list_field(row)) is not None:
+        messages = messages_of(row[field], field)
     else:
-        answer_field = _answer_field(row)
-        messages = _prompt(row) + _turn(row[answer_field], "assistant", answer_field)
-    messages = _with_system(messages, row)
-    _must_answer(messages, "the conversation")
-    first = next(i for i, m in enumerate(messages) if m["role"] == "assistant")
-    if first == 0:
+        field = answer_field(row)
+        messages = prompt_of(row) + turn(row[field], "assistant", field)
+    messages = with_system(messages, row)
+    if not any(m["role"] == "assistant" for m in messages):
+        if all(m["role"] == "system" for m in messages):
+            raise RowError("the conversation has only a system message")
+        raise RowError(f"the conversation has no assistant turn; prompts alone are for {TAKEN_BY['prompt']}")
+    if messages[0]["role"] == "assistant":
         raise RowError("begins with the assistant's message: nothing asks for it; put a user message before it")
-    return Conversation(messages, _tools(row))
+    return Conversation(messages, tools_of(row))
 
 
-def _prompt(row: dict[str, Any]) -> list[Message]:
-    """The asking side of a row that keeps question and answer in fields of their own; Alpaca's input is appended."""
-    fields = [f for f in ASK if f in row]
-    if len(fields) > 1 and "prompt" not in fields:
-        raise RowError(f"{_named(dict.fromkeys(fields))} could each be the prompt: keep one")
-    field = fields[0]
-    value = row[field]
-    more = row.get("input", row.get("context", "")) if field == "instruction" else ""
-    if isinstance(value, str) and isinstance(more, str) and more.strip():
-        value = f"{value}\n\n{more}"
-    return _turn(value, "user", field)
+def _asked(row: dict[str, Any]) -> list[Message]:
+    """What is to be answered, from the prompt's field or a list of messages. Raises RowError."""
+    field = None if asks(row) else list_field(row)
+    messages = with_system(prompt_of(row) if field is None else messages_of(row[field], field), row)
+    last = messages[-1]["role"]
+    if last == "system" and all(m["role"] == "system" for m in messages):
+        raise RowError(f"'{field or ask_field(row)}' has only a system message")
+    if last == "assistant":
+        raise RowError(f"'{field or ask_field(row)}' ends with the assistant's message: a prompt ends with the user's")
+    return messages
 
 
-def _answer_field(row: dict[str, Any]) -> str:
-    """The field that holds the answer: the partner of the prompt's field, or the only one there is."""
-    for ask, answer in (("prompt", "completion"), ("instruction", "output"), ("question", "answer")):
-        if ask in row and answer in row:
-            return answer
-    fields = [f for f in ANSWER if f in row]
-    if len(fields) > 1:
-        raise RowError(f"{_named(dict.fromkeys(fields))} could each be the answer: keep one, or name it 'completion'")
-    return fields[0]
+def _prompt(row: dict[str, Any]) -> Prompt:
+    return Prompt(_asked(row), tools_of(row))
 
 
-def _turn(value: Any, role: str, field: str) -> list[Message]:
-    """A field that may be a string, one message or a list of messages."""
-    if isinstance(value, str):
-        if not value.strip():
-            raise RowError(f"empty {'answer: ' if role == 'assistant' else ''}'{field}'")
-        human = role == "user" and value.startswith("\n\nHuman:")
-        return _from_hh(value) if human else [{"role": role, "content": value}]
-    return _messages([value] if isinstance(value, dict) else value, field)
-
-
-def _messages(value: Any, field: str) -> list[Message]:
-    """OpenAI's ``{"role", "content"}`` or ShareGPT's ``{"from", "value"}`` messages, with the roles' usual names."""
-    if not isinstance(value, list):
-        raise RowError(f"'{field}' is {_a(value)}, not a list of messages")
-    if not value:
-        raise RowError(f"'{field}' is empty")
-    return [_message(m, f"message {i} of '{field}'") for i, m in enumerate(value, start=1)]
-
-
-def _message(message: Any, where: str) -> Message:
-    if not isinstance(message, dict):
-        raise RowError(f"{where} is {_a(message)}, not an object with 'role' and 'content'")
-    message = {k: v for k, v in message.items() if v is not None}
-    role = message.pop("role", None) or message.pop("from", None)
-    if not role:
-        raise RowError(f"{where} has no role (its fields: {_named(message)})")
-    if not isinstance(role, str) or role.lower() not in ROLES:
-        raise RowError(f"{where} has the unknown role {role!r}; known: {', '.join(ROLES)}")
-    role = ROLES[role.lower()]
-    content = message.pop("content", None)
-    content = message.pop("value", None) if content is None else content
-    if content is None and role == "assistant" and message.get("tool_calls"):
-        return {"role": role, "content": "", **message}
-    content = _plain(content, where)
-    if role == "assistant" and not content.strip() and not message.get("tool_calls"):
-        raise RowError(f"empty answer: {where} is the assistant's and holds no text")
-    if message.get("weight", 1) not in (0, 1):
-        raise RowError(f"{where} has weight {message['weight']!r}; 0 (not trained) or 1 is known")
-    return {"role": role, "content": content, **message}
-
-
-def _plain(content: Any, where: str) -> str:
-    """A string, or a list of ``{"type": "text", "text": ...}`` parts, as a string."""
-    if isinstance(content, list):
-        for part in content:
-            if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-                kind = part.get("type", "?") if isinstance(part, dict) else _a(part)
-                raise RowError(f"{where} has a part that is not text ({kind})")
-        return "".join(part["text"] for part in content)
-    if not isinstance(content, str):
-        raise RowError(f"the content of {where} is {'missing' if content is None else _a(content)}, not a string")
-    return content
-
-
-def _with_system(messages: list[Message], row: dict[str, Any]) -> list[Message]:
-    """A system prompt may stand in a field of its own."""
-    system = row.get("system", row.get("system_prompt", ""))
-    if not isinstance(system, str):
-        raise RowError(f"'system' is {_a(system)}, not a string")
-    if not system.strip() or messages[0]["role"] == "system":
-        return messages
-    return [{"role": "system", "content": system}, *messages]
-
-
-def _must_answer(messages: list[Message], what: str) -> None:
-    roles = {m["role"] for m in messages}
-    if "assistant" not in roles:
-        raise RowError(f"{what} has only a system message" if roles == {"system"} else f"{what} has no assistant turn")
-
-
-def _tools(row: dict[str, Any]) -> list[Any] | None:
-    tools = row.get("tools") or None
-    if tools is not None and not isinstance(tools, list):
-        raise RowError(f"'tools' is {_a(tools)}, not a list")
-    return tools
+def _rating(row: dict[str, Any]) -> Rating:
+    good = bool(_verdict(row["label"]))
+    if asks(row) and answers(row):
+        field = answer_field(row)
+        prompt, answer = _asked(row), turn(row[field], "assistant", field)
+    else:
+        field = str(list_field(row))
+        messages = with_system(messages_of(row[field], field), row)
+        asked = [i for i, m in enumerate(messages, start=1) if m["role"] == "user"]
+        if not asked:
+            raise RowError("no user message asks for the answer that is rated")
+        prompt, answer = messages[: asked[-1]], messages[asked[-1] :]
+    if not answer or answer[0]["role"] != "assistant":
+        raise RowError(f"no assistant's message follows the last user message of '{field}': there is no answer to rate")
+    return Rating(prompt, answer, good, tools_of(row))
 
 
 # --- pairs
 
 
-def _pair(row: dict[str, Any]) -> Pair:
-    sides = []
-    for field in ("chosen", "rejected"):
-        value = row[field]
-        whole_hh = isinstance(value, str) and value.startswith("\n\nHuman:")
-        sides.append(_from_hh(value) if whole_hh else _turn(value, "assistant", field))
-    chosen, rejected = sides
-    if chosen == rejected:
+def _pair(row: dict[str, Any]) -> Pair | Scored:
+    fields = sides(row)
+    if fields is None:
+        return _scored(row)
+    chosen, rejected = _side(row, fields[0]), _side(row, fields[1])
+    if alike(chosen, rejected):
         raise RowError("chosen and rejected are the same")
-    if chosen[0]["role"] != "assistant" or rejected[0]["role"] != "assistant":
-        prompt, chosen, rejected = _parted(chosen, rejected)
-    elif not any(f in row for f in ASK):
-        raise RowError("a pair without a prompt: add 'prompt', or make chosen and rejected whole conversations")
+    whole = chosen[0]["role"] != "assistant"
+    if whole != (rejected[0]["role"] != "assistant"):
+        raise RowError(f"'{fields[not whole]}' is a whole conversation and the other only an answer: make them alike")
+    if whole:
+        prompt, chosen, rejected = _parted(chosen, rejected, row)
+        prompt = with_system(prompt, row)
+    elif asks(row) or list_field(row):
+        prompt = _asked(row)
+        if asks(row) and is_hh(row[ask_field(row)]):  # there, a space parts the answer from its marker
+            chosen, rejected = ([{**m, "content": m["content"].strip()} for m in s] for s in (chosen, rejected))
     else:
-        prompt = _prompt(row)
-    for field, answer in (("chosen", chosen), ("rejected", rejected)):
-        _must_answer(answer, f"'{field}'")
-    return Pair(_with_system(prompt, row), chosen, rejected, _tools(row))
+        raise RowError("a pair without a prompt: add 'prompt', or make chosen and rejected whole conversations")
+    return Pair(prompt, chosen, rejected, tools_of(row))
 
 
-def _parted(chosen: list[Message], rejected: list[Message]) -> tuple[list[Message], list[Message], list[Message]]:
-    """Two whole conversations, cut where they part: (prompt, chosen, rejected)."""
+def _side(row: dict[str, Any], field: str) -> list[Message]:
+    return from_hh(row[field]) if is_hh(row[field]) else turn(row[field], "assistant", field)
+
+
+def _parted(
+    chosen: list[Message], rejected: list[Message], row: dict[str, Any]
+) -> tuple[list[Message], list[Message], list[Message]]:
+    """Two whole conversations, cut where they part, or where the row's own prompt ends: (prompt, chosen, rejected)."""
     n = 0
-    while n < min(len(chosen), len(rejected)) and chosen[n] == rejected[n]:
+    while n < min(len(chosen), len(rejected)) and alike(chosen[n : n + 1], rejected[n : n + 1]):
         n += 1
     if n == 0:
         raise RowError("a pair without a common prompt: chosen and rejected differ from their first message on")
-    if n == len(chosen) or n == len(rejected):
+    if n in (len(chosen), len(rejected)):
         raise RowError(f"empty answer: '{'chosen' if n == len(chosen) else 'rejected'}' ends where the other goes on")
+    try:
+        given = prompt_of(row) if asks(row) else []
+    except RowError:
+        given = []  # nothing is lost: the conversations hold it too
+    first = given[:1] if given and given[0]["role"] == "system" != chosen[0]["role"] else []
     if chosen[n]["role"] != "assistant" or rejected[n]["role"] != "assistant":
-        raise RowError(f"chosen and rejected part at message {n + 1}, which is not the assistant's in both")
-    return chosen[:n], chosen[n:], rejected[n:]
+        part, n = n, len(given)  # people's turns may differ too, after the prompt
+        if not 0 < n < part or not alike(given, chosen[:n]) or chosen[n]["role"] != "assistant":
+            raise RowError(f"chosen and rejected part at message {part + 1}, which is not the assistant's in both")
+    return first + chosen[:n], chosen[n:], rejected[n:]
 
 
-def _from_hh(text: str) -> list[Message]:
-    """Anthropic's HH-RLHF as published: turns marked by ``\\n\\nHuman:`` and ``\\n\\nAssistant:`` in one string."""
-    pieces = re.split(r"\n\n(Human|Assistant):", text)
-    turns = [(r, c.strip()) for r, c in zip(pieces[1::2], pieces[2::2], strict=True)]
-    if turns[-1] == ("Assistant", "") and len(turns) > 1:
-        turns.pop()  # a prompt that ends with the marker of the answer to come
-    return [_message({"role": ROLES["human" if r == "Human" else "assistant"], "content": c}, f"turn {i}")
-            for i, (r, c) in enumerate(turns, start=1)]  # fmt: skip
+def _scored(row: dict[str, Any]) -> Scored:
+    prompt = _asked(row)
+    field = str(scored_field(row))
+    values = row[field]
+    by = next((f for f in SCORES if isinstance(row.get(f), list)), None)
+    if by is not None and len(row[by]) != len(values):
+        raise RowError(f"{len(values)} answers in '{field}', but {len(row[by])} scores in '{by}'")
+    if len(values) < 2:
+        raise RowError(f"only one answer in '{field}': there is nothing to prefer it to")
+    found, scores = [], []
+    for number, value in enumerate(values, start=1):
+        where = f"answer {number} of '{field}'"
+        key, score = (by, row[by][number - 1]) if by is not None else _score_in(value)
+        scores.append(_number(score, where) * (-1 if key in ("rank", "ranks") else 1))
+        if isinstance(value, dict) and "role" not in value and "from" not in value:
+            value = next((value[k] for k in ANSWER_TEXT if value.get(k) is not None), None)
+        elif isinstance(value, dict):
+            value = {k: v for k, v in value.items() if k not in SCORE}
+        found.append(turn(value, "assistant", where))
+    return Scored(prompt, found, scores, tools_of(row))
+
+
+def _score_in(answer: Any) -> tuple[str, Any]:
+    """The name and value of the score that an answer carries."""
+    held = answer if isinstance(answer, dict) else {}
+    return next(((k, held[k]) for k in SCORE if held.get(k) is not None), ("", None))
+
+
+def _number(value: Any, where: str) -> float:
+    """A finite score; tables have them as strings too."""
+    try:
+        found = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except (ValueError, OverflowError):
+        found = math.nan
+    if not math.isfinite(found):
+        raise RowError(f"the score of {where} is {'missing' if value is None else shown(value)}, not a finite number")
+    return found
+
+
+_READ: dict[Kind, Callable[[dict[str, Any]], Parsed]] = {
+    "text": _text, "conversation": _conversation, "pair": _pair, "rating": _rating, "prompt": _prompt,
+}  # fmt: skip

@@ -7,8 +7,10 @@ step chooses its examples first, and packing only arranges them. Nothing is read
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import count as count_from
 
 import numpy as np
 
@@ -29,13 +31,27 @@ class Batching:
 
 
 class RunOrder:
-    """``len(order)`` optimizer steps; ``order[n]`` is step ``n``: micro-batches of example indices."""
+    """``len(order)`` optimizer steps; ``order[n]`` is step ``n``: micro-batches of example indices.
 
-    def __init__(self, sizes: list[int], batching: Batching) -> None:
-        if not sizes:
+    ``sources``: how many of the examples are of each source, one after the other, and its weight. With weights, an
+    epoch is as many examples as there are, of which each source gives its share: each in its own order, which begins
+    again when all of them have been seen, so that a small source may be seen several times in an epoch of all.
+    """
+
+    def __init__(
+        self, sizes: Sequence[int] | np.ndarray, batching: Batching, sources: Sequence[tuple[int, float | None]] = ()
+    ) -> None:
+        if not len(sizes):
             raise DataError("nothing to train on", "give data with at least one usable row")
-        self.sizes = sizes
+        self.sizes = np.asarray(sizes)
         self.batching = batching
+        weighted = any(weight is not None for _, weight in sources)
+        self.counts = [n for n, _ in sources] if weighted else [len(self.sizes)]
+        self.shares = apportioned([w or 0.0 for _, w in sources], len(self.sizes)) if weighted else self.counts
+        for count, share in zip(self.counts, self.shares, strict=True):
+            if share and not count:
+                raise DataError("one of the sources has no usable row to mix in", "mend its rows, or leave it out")
+        self._epoch = lru_cache(maxsize=2)(self._ordered)  # a step may straddle two
         self.bounds = self._bounds()
 
     def __len__(self) -> int:
@@ -50,9 +66,34 @@ class RunOrder:
         """Passes over the data in all."""
         return self.bounds[-1] / len(self.sizes)
 
+    def used(self) -> np.ndarray:
+        """The examples that the run will see, each once, in ascending order."""
+        epochs, rest = divmod(self.bounds[-1], len(self.sizes))
+        if len(self.counts) == 1 and epochs:
+            return np.arange(len(self.sizes))
+        seen = [self._ordered(epoch) for epoch in range(epochs)]
+        return np.unique(np.concatenate([*seen, self._ordered(epochs)[:rest]]))
+
     def _at(self, place: int) -> int:
         epoch, index = divmod(place, len(self.sizes))
-        return int(permutation(len(self.sizes), self.batching.seed, epoch)[index])
+        return int(self._epoch(epoch)[index])
+
+    def _ordered(self, epoch: int) -> np.ndarray:
+        """The examples of an epoch in order: a function of the seed and the epoch alone."""
+        seed, count = self.batching.seed, len(self.sizes)
+        mixed = permutation(count, seed, epoch)
+        if len(self.counts) == 1:
+            return mixed
+        owner = np.repeat(np.arange(len(self.shares)), self.shares)[mixed]
+        order = np.empty(count, np.int64)
+        first = 0
+        for number, (own, share) in enumerate(zip(self.counts, self.shares, strict=True)):
+            turns = np.arange(epoch * share, (epoch + 1) * share)
+            found = [permutation(own, seed, int(e), number + 1)[turns[turns // own == e] % own]
+                     for e in np.unique(turns // own)] if share else []  # fmt: skip
+            order[owner == number] = first + np.concatenate([np.empty(0, np.int64), *found])
+            first += own
+        return order
 
     def _bounds(self) -> list[int]:
         """Where in the endless stream of epochs each step begins; the last step may be smaller."""
@@ -63,23 +104,36 @@ class RunOrder:
             steps = b.max_steps or math.ceil(end / b.batch_size)
             return [int(min(n * b.batch_size, end)) for n in range(steps + 1)]
         place, tokens = 0, 0
-        while place < end and (b.max_steps is None or len(bounds) <= b.max_steps):
-            tokens += self.sizes[self._at(place)]
-            place += 1
-            if tokens >= (b.batch_tokens or 1) or place == end:
-                bounds.append(place)
-                tokens = 0
-        return bounds
+        for epoch in count_from(0):
+            for size in self.sizes[self._epoch(epoch)].tolist():
+                tokens += size
+                place += 1
+                if tokens >= (b.batch_tokens or 1) or place == end:
+                    bounds.append(place)
+                    tokens = 0
+                if place >= end or (b.max_steps is not None and len(bounds) > b.max_steps):
+                    return bounds
+        raise AssertionError("an endless stream ended")
 
 
-@lru_cache(maxsize=4)  # a step may straddle two epochs
-def permutation(count: int, seed: int, epoch: int) -> np.ndarray:
+def apportioned(weights: Sequence[float], count: int) -> list[int]:
+    """``count`` shared out by weight in whole numbers: the largest remainders get what is left over."""
+    exact = [weight / sum(weights) * count for weight in weights]
+    shares = [int(e) for e in exact]
+    ranked = sorted(range(len(exact)), key=lambda i: (shares[i] - exact[i], i))
+    for i in ranked[: count - sum(shares)]:
+        shares[i] += 1
+    return shares
+
+
+@lru_cache(maxsize=8)
+def permutation(count: int, seed: int, epoch: int, *more: int) -> np.ndarray:
     """The order of an epoch. Raw output of a named generator, whose stream numpy promises not to change."""
-    raw = np.random.PCG64([seed, epoch]).random_raw(count)
+    raw = np.random.PCG64([seed, epoch, *more]).random_raw(count)
     return np.argsort(raw, kind="stable")
 
 
-def pack(chosen: list[int], sizes: list[int], limit: int) -> list[list[int]]:
+def pack(chosen: Sequence[int], sizes: Sequence[int] | np.ndarray, limit: int) -> list[list[int]]:
     """Arrange examples in micro-batches of at most ``limit`` tokens (one alone may be longer): first fit, longest
     first, which also brings examples of like length together."""
     batches: list[list[int]] = []

@@ -3,29 +3,35 @@
     for row in read_rows(Path("data/")):
         print(row.origin, row.reason if isinstance(row, BadRow) else row.value)
 
-What a "line" is: the line for JSON lines, the element's number for a JSON array, the first line of a CSV record,
-the row's number for parquet; all count from 1. A text file is one row, ``{"text": ...}``, at line 1.
+What a "line" is, always counted from 1: the line, for JSON lines; the line on which an element of a JSON array begins,
+or its number where several stand on one line; the first line of a CSV record; the row's number in parquet. A text file
+is one row, ``{"text": ...}``, or several passages of at most 32 kB, each at its first line.
 
-Cost: one pass, streaming; only ``.json``, ``.txt`` and compressed ``.parquet`` files are held whole in memory.
+Cost: one pass, streaming; only compressed ``.parquet`` files are held whole in memory.
 """
 
 from __future__ import annotations
 
+import contextlib
 import glob
 import gzip
 import hashlib
+import json
 import os
 import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import import_module
-from itertools import chain
 from pathlib import Path
 from typing import IO, Any, cast
 
-from trivium.data.readers import READERS, BadRow, Row
+from trivium.data.formats import RowError, Text, mapped, parse
+from trivium.data.readers import READERS, BadRow, Block, Row
 from trivium.errors import DataError, listed, nearest
+
+LISTED_BLOCK = 500  # rows in memory that are handed on together
 
 _ENDINGS = ", ".join(READERS) + ", each also with .gz or .zst"
 
@@ -40,8 +46,39 @@ class Listed:
     def __str__(self) -> str:
         return self.name
 
+    def blocks(self) -> Iterator[Block]:
+        """The rows as they would come out of a JSON file: plain values, whatever objects they were made of."""
+        for first in range(0, len(self.rows), LISTED_BLOCK):
+            some = enumerate(self.rows[first : first + LISTED_BLOCK], first + 1)
+            yield Block("rows", read=[(line, *_plain(value), False) for line, value in some])
+
+
+def _plain(value: Any) -> tuple[Any, str | None]:
+    """(a row's value, None), or (how it begins, why it is none)."""
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        return str(value)[:200], f"a row is a mapping with named fields, not {type(value).__name__}"
+    try:
+        plain = json.loads(json.dumps(value, ensure_ascii=False, default=str).encode("utf-8"))
+    except (ValueError, TypeError, RecursionError) as error:
+        return None, f"holds what no file of rows can hold: {str(error)[:80]}"
+    return plain, None
+
 
 Source = Path | Listed
+
+
+@dataclass(frozen=True)
+class Mix:
+    """One of the sources of a data set: where its rows are, its share of the examples against the other sources'
+    ``weight`` (None: as many as it has), and what its fields are called, ours by theirs."""
+
+    source: Source
+    weight: float | None = None
+    fields: tuple[tuple[str, str], ...] = ()
+
+    def files(self) -> list[Path]:
+        """Its files; none where the rows are in memory. Raises DataError."""
+        return [] if isinstance(self.source, Listed) else files_of(self.source)
 
 
 def read_rows(source: Source) -> Iterator[Row | BadRow]:
@@ -51,32 +88,53 @@ def read_rows(source: Source) -> Iterator[Row | BadRow]:
     ``BadRow`` at its line.
     """
     if isinstance(source, Listed):
-        for number, value in enumerate(source.rows, 1):
-            good = isinstance(value, dict) and all(isinstance(key, str) for key in value)
-            reason = f"a row is a mapping with named fields, not {type(value).__name__}"
-            yield Row(value, source.name, number) if good else BadRow(source.name, number, reason)
+        for block in source.blocks():
+            yield from block.rows(source.name)
         return
     for file in files_of(source):
-        read = READERS[_ending(file)]
-        count = 0
-        try:
-            with _opened(file) as stream:
-                for row in read(stream, str(file)):
-                    count = row.line
-                    yield row
-        except _cut_off() as error:
-            yield BadRow(str(file), count + 1, f"the compressed file is cut off or broken here ({error})")
-        except OSError as error:
-            raise DataError(
-                f"cannot read {file}: {error.strerror or error}", "Check the file and its rights."
-            ) from None
+        for block in blocks_of(file):
+            yield from block.rows(str(file))
 
 
-def texts_of(sources: Iterable[Source], wanted: Callable[[dict[str, Any]], bool] | None = None) -> Iterator[str]:
-    """The ``text`` of every good row that has one; ``wanted`` chooses among the rows."""
-    for row in chain.from_iterable(map(read_rows, sources)):
-        if isinstance(row, Row) and isinstance(row.value.get("text"), str) and (wanted is None or wanted(row.value)):
-            yield row.value["text"]
+def blocks_of(file: Path, told: Callable[[int], None] = lambda _: None) -> Iterator[Block]:
+    """A file's blocks in order; ``told`` how many of its bytes have been read, after each.
+
+    Raises DataError where it cannot be opened or read.
+    """
+    try:
+        with file.open("rb") as raw, _unpacked(raw, file) as stream:
+            last = 0
+            for block in READERS[_ending(file)](stream):
+                last = block.read[-1][0] if block.read else block.line - 1
+                yield block
+                told(0 if raw.closed else raw.tell())
+            if broken := getattr(stream, "broken", None):
+                reason = f"the compressed file is cut off or broken here ({broken})"
+                yield Block("rows", read=[(last + 1, None, reason, False)])
+    except OSError as error:
+        raise DataError(f"cannot read {file}: {error.strerror or error}", "Check the file and its rights.") from None
+
+
+def good_rows(
+    sources: Iterable[Source | Mix], wanted: Callable[[dict[str, Any]], bool] | None = None
+) -> Iterator[dict[str, Any]]:
+    """The values of the rows that can be read, their fields under our names; ``wanted`` chooses among them by what
+    stands in the file."""
+    for given in sources:
+        mix = given if isinstance(given, Mix) else Mix(given)
+        for row in read_rows(mix.source):
+            if isinstance(row, Row) and (wanted is None or wanted(row.value)):
+                with contextlib.suppress(RowError):
+                    yield mapped(row.value, dict(mix.fields)) if mix.fields else row.value
+
+
+def texts_of(sources: Iterable[Source | Mix], wanted: Callable[[dict[str, Any]], bool] | None = None) -> Iterator[str]:
+    """The text of every good row that is one; ``wanted`` chooses among the rows."""
+    for value in good_rows(sources, wanted):
+        with contextlib.suppress(RowError):
+            read = parse(value, "text")
+            if isinstance(read, Text):
+                yield read.text
 
 
 def files_of(path: Path) -> list[Path]:
@@ -106,12 +164,19 @@ def sha256_of(files: Iterable[Path]) -> str:
     """A hash of the files' contents in order; their names and places do not count."""
     whole = hashlib.sha256()
     for file in files:
-        one = hashlib.sha256()
-        with file.open("rb") as stream:
-            while block := stream.read(1 << 20):
-                one.update(block)
-        whole.update(one.digest())
+        stat = file.stat()
+        whole.update(_digest(file, stat.st_size, stat.st_mtime_ns, stat.st_ino))
     return whole.hexdigest()
+
+
+@lru_cache(maxsize=4096)
+def _digest(file: Path, *_: int) -> bytes:
+    """A file's hash, taken once while its size, time and number stay."""
+    one = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            one.update(block)
+    return one.digest()
 
 
 def _missing(path: Path) -> DataError:
@@ -137,18 +202,54 @@ def _ending(path: Path) -> str:
     return suffixes[-1] if suffixes else ""
 
 
-def _opened(path: Path) -> IO[bytes]:
-    """The file's bytes, decompressed."""
+class _Unpacked:
+    """A decompressed stream that ends where the compressed one breaks off; ``broken`` then says how."""
+
+    def __init__(self, stream: IO[bytes]) -> None:
+        self.stream, self.broken = stream, ""
+
+    def read(self, size: int = -1) -> bytes:
+        pieces, left = [], size
+        try:
+            # One small piece after the other: what was read before the break is kept.
+            while left and not self.broken and (piece := self.stream.read1(left)):  # type: ignore[attr-defined]
+                pieces.append(piece)
+                left = left - len(piece) if size > 0 else left
+        except _cut_off() as error:
+            self.broken = str(error) or type(error).__name__
+        return b"".join(pieces)
+
+    # what an io.TextIOWrapper asks for
+    readable, writable, seekable = (lambda self: True), (lambda self: False), (lambda self: False)
+    closed = False
+
+    def read1(self, size: int = -1) -> bytes:
+        return self.read(size if size > 0 else 8192)
+
+    def flush(self) -> None: ...
+
+    def close(self) -> None:
+        self.stream.close()
+
+    def __enter__(self) -> _Unpacked:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def _unpacked(raw: IO[bytes], path: Path) -> Any:
+    """The bytes of an open file, decompressed."""
     if path.suffix.lower() == ".gz":
-        return cast("IO[bytes]", gzip.open(path, "rb"))
+        return _Unpacked(cast("IO[bytes]", gzip.open(raw, "rb")))
     if path.suffix.lower() != ".zst":
-        return path.open("rb")
+        return raw
     if (zstd := _zstd()) is None:
         raise DataError(
             f"{path} is compressed with zstandard, which is not installed",
             "Install it: pip install backports.zstd. Or compress the file with gzip.",
         )
-    return cast("IO[bytes]", zstd.open(path, "rb"))
+    return _Unpacked(cast("IO[bytes]", zstd.open(raw, "rb")))
 
 
 def _zstd() -> Any:

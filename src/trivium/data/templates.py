@@ -9,10 +9,13 @@ No token is ever added to a tokenizer. How a turn ends is found by rendering a p
 
 from __future__ import annotations
 
+import contextlib
+import datetime
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from trivium.data.chat import ChatTemplate, added_bos
+from trivium.data.chat import ChatTemplate
+from trivium.data.encoder import Encoder
 from trivium.data.formats import RowError
 from trivium.errors import ModelError
 
@@ -43,11 +46,13 @@ PLAIN = """\
 {%- if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"""
 
 _ASK, _ANSWER = "qxask", "qxanswer"  # what the probe says; no template holds these
+_PROBE = [{"role": "user", "content": _ASK}, {"role": "assistant", "content": _ANSWER}]
 
 
-def chat_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
+def chat_template(tokenizer: PreTrainedTokenizerFast, date: datetime.date | None = None) -> ChatTemplate:
     """The chat template to train and serve this tokenizer's model with; also set as ``tokenizer.chat_template``.
 
+    ``date`` is what a template that asks for it is told; None: the day on which it renders.
     Raises ModelError where the template cannot be used, or there is none and the tokenizer has no EOS to end a turn.
     """
     if not getattr(tokenizer, "is_fast", False):
@@ -55,11 +60,13 @@ def chat_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
             "this tokenizer cannot tell which characters its tokens hold",
             "Give a model folder with a tokenizer.json (a fast tokenizer).",
         )
-    source, origin = _source(tokenizer)
-    template = ChatTemplate(tokenizer, source, origin)
+    encoder = Encoder.of(tokenizer)
+    source, origin = _source(tokenizer, encoder)
+    template = ChatTemplate(encoder, source, origin, date=date)
     try:
+        template = _in_parts(template)
         template = _with_generation_prompt(template)
-        template = _with_ending(template)
+        template = _with_ending(template, tokenizer.bos_token_id)
     except RowError as error:
         raise ModelError(
             f"{origin} cannot render a question and its answer: {error}",
@@ -69,7 +76,7 @@ def chat_template(tokenizer: PreTrainedTokenizerFast) -> ChatTemplate:
     return template
 
 
-def _source(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
+def _source(tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> tuple[str, str]:
     """(Jinja text, where it came from)."""
     own = tokenizer.chat_template
     if isinstance(own, dict):
@@ -84,9 +91,19 @@ def _source(tokenizer: PreTrainedTokenizerFast) -> tuple[str, str]:
             "the tokenizer has neither a chat template nor an end-of-sequence token, so no answer could end",
             "Name its end token as eos_token in tokenizer_config.json, or give it a chat template.",
         )
-    has_bos = "true" if added_bos(tokenizer) is not None else "false"
+    has_bos = "true" if encoder.bos_id is not None else "false"
     plain = PLAIN.replace("BOS", has_bos)
     return plain, f"plain role markers ended by {tokenizer.eos_token}, as the tokenizer has no chat template"
+
+
+def _in_parts(template: ChatTemplate) -> ChatTemplate:
+    """A template that prints a text's parts only gets them."""
+    other = replace(template, in_parts=True)
+    for way in (template, other):
+        with contextlib.suppress(RowError):
+            if _ANSWER in way.render(_PROBE):
+                return way
+    return template
 
 
 def _with_generation_prompt(template: ChatTemplate) -> ChatTemplate:
@@ -94,9 +111,9 @@ def _with_generation_prompt(template: ChatTemplate) -> ChatTemplate:
 
     Without it a model is asked to answer without the marker of its own turn, and that marker would be trained.
     """
-    ask = [{"role": "user", "content": _ASK}]
+    ask = _PROBE[:1]
     bare = template.render(ask)
-    answered = template.render([*ask, {"role": "assistant", "content": _ANSWER}])
+    answered = template.render(_PROBE)
     if template.render(ask, add_generation_prompt=True) != bare or not answered.startswith(bare):
         return template
     marker = answered[len(bare) : max(answered.rfind(_ANSWER), len(bare))]
@@ -107,27 +124,42 @@ def _with_generation_prompt(template: ChatTemplate) -> ChatTemplate:
     return replace(template, source=source, origin=f"{template.origin}, with the generation prompt that it lacks added")
 
 
-def _with_ending(template: ChatTemplate) -> ChatTemplate:
+def _next_turn(template: ChatTemplate, text: str) -> tuple[int, str] | None:
+    """The control token, and its text, with which the turn after an answer begins."""
+    longer = template.render([*_PROBE, *_PROBE])
+    tokens = template.tokenize([longer])[0]
+    for token, start, end in zip(tokens.ids.tolist(), tokens.start.tolist(), tokens.end.tolist(), strict=True):
+        if start == len(text) and token in template.encoder.added and longer.startswith(text):
+            return token, longer[start:end]
+    return None
+
+
+def _with_ending(template: ChatTemplate, bos_id: int | None) -> ChatTemplate:
     """Find what ends an assistant's turn: the first added tokens, side by side, that follow the answer's text."""
-    messages = [{"role": "user", "content": _ASK}, {"role": "assistant", "content": _ANSWER}]
-    text = template.render(messages)
+    text, asked = template.render(_PROBE), template.render(_PROBE[:1])
     if (at := text.rfind(_ANSWER)) < 0:
         raise RowError("it does not print the assistant's text")
+    header = text[len(asked) : at] if text.startswith(asked) else ""
     at += len(_ANSWER)
-    added = set(template.tokenizer.added_tokens_decoder)
+    encoder = template.encoder
     tokens = template.tokenize([text])[0]
     stop_id, stop_at = -1, at
     for token, start, end in zip(tokens.ids.tolist(), tokens.start.tolist(), tokens.end.tolist(), strict=True):
-        if start < at or token not in added:
+        if start < at or token not in encoder.added:
             continue
-        beside = stop_id >= 0 and start == stop_at and token != template.tokenizer.bos_token_id
+        beside = stop_id >= 0 and start == stop_at and token != bos_id
         if stop_id < 0 or beside:
             stop_id, stop_at = token, end
+    if stop_id < 0 and (found := _next_turn(template, text)):
+        # the turn ends where the next one's marker begins, which the last turn has to be given
+        return replace(template, header=header, ending=found[1], stop_text=found[1], stop_id=found[0],
+                       appended=found[1])  # fmt: skip
     if stop_id < 0:
+        eos = encoder.variables.get("eos_token")
         raise ModelError(
             f"{template.origin} ends an answer with {repr(text[at:]) if text[at:] else 'nothing'}, not with a token of "
             "its own: a model trained on it could not learn to stop",
             "Use a chat template whose turns end with one of the tokenizer's special tokens, such as its EOS"
-            + (f" {template.tokenizer.eos_token!r}." if template.tokenizer.eos_token else "."),
+            + (f" {eos!r}." if eos else "."),
         )
-    return replace(template, ending=text[at:], stop_text=text[at:stop_at], stop_id=stop_id)
+    return replace(template, header=header, ending=text[at:], stop_text=text[at:stop_at], stop_id=stop_id)

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from itertools import chain, islice
+from itertools import islice
 from typing import Any
 
-from trivium.data.examples import content_hash, on_the_held_out_side, prepare
-from trivium.data.formats import Conversation, Kind, Message, Pair, RowError, parse
-from trivium.data.rows import Listed, Row, Source, read_rows, texts_of
+from trivium.data.examples import digest_of, held_out_below
+from trivium.data.formats import Conversation, Kind, Message, Pair, Prompt, Rating, RowError, Scored, parse
+from trivium.data.prepare import prepare
+from trivium.data.rows import Listed, Mix, Source, good_rows, texts_of
 from trivium.errors import DataError, ModelError
 from trivium.evaluate.held_out import evaluate
 from trivium.forest import lay_out
@@ -79,23 +80,22 @@ def _tokens(talker: Talker, prompt: tuple[Message, ...] | str) -> list[int] | No
         return None
 
 
-def prompts_from(sources: Sequence[Source], kind: Kind, held_out: float | None) -> tuple[Any, ...]:
+def prompts_from(sources: Sequence[Mix], kind: Kind, held_out: float | None) -> tuple[Any, ...]:
     """A few prompts out of the data: those of held-out rows (share ``held_out``; None: any row)."""
     found: list[Any] = []
-    asked = _asked(held_out)
-    read = chain.from_iterable(map(read_rows, sources))
-    rows = (row.value for row in read if isinstance(row, Row) and asked(row.value))
-    for value in islice(rows, LOOKED_AT):
+    for value in islice(good_rows(sources, _asked(held_out)), LOOKED_AT):
         try:
             row = parse(value, kind)
         except RowError:
             continue
-        if isinstance(row, Pair):
+        if isinstance(row, (Pair, Scored, Rating)):
             found.append(tuple(row.prompt))
         elif isinstance(row, Conversation):
             turns = [m["role"] for m in row.messages]
             if "assistant" in turns:
                 found.append(tuple(row.messages[: turns.index("assistant")]))
+        elif isinstance(row, Prompt):
+            found.append(tuple(row.messages))
         else:
             start = row.text[:BEGINNING].rsplit(" ", 1)[0] if len(row.text) > BEGINNING else row.text
             found.append(start)
@@ -104,7 +104,7 @@ def prompts_from(sources: Sequence[Source], kind: Kind, held_out: float | None) 
     return tuple((readable or found)[:PROMPTS])
 
 
-def texts_from(sources: Sequence[Source], held_out: float | None) -> tuple[str, ...]:
+def texts_from(sources: Sequence[Source | Mix], held_out: float | None) -> tuple[str, ...]:
     """Texts of the data's rows up to ``TEXT_BYTES``: held-out rows (share ``held_out``; None: any row)."""
     found: list[str] = []
     room = TEXT_BYTES
@@ -119,4 +119,4 @@ def texts_from(sources: Sequence[Source], held_out: float | None) -> tuple[str, 
 
 def _asked(held_out: float | None) -> Callable[[dict[str, Any]], bool]:
     """Whether a row may be asked: any, or only those that are held out."""
-    return lambda value: held_out is None or on_the_held_out_side(content_hash(value), held_out)
+    return lambda value: held_out is None or digest_of(value) < held_out_below(held_out)

@@ -7,12 +7,12 @@ forest. With full training the parent's numbers are computed once, before the fi
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 
 import torch
 from torch import Tensor
 
-from trivium.forest import Example, Forest
+from trivium.forest import Forest
 
 LogProb = Callable[[Forest], Tensor]
 
@@ -40,14 +40,14 @@ class Remembered:
     """
 
     def __init__(self, logprob: LogProb, forests: Iterable[Forest]) -> None:
-        self.kept: dict[Example, Tensor] = {}
+        self.kept: dict[Hashable, Tensor] = {}
         with torch.no_grad():
             for forest in forests:
-                if all(e in self.kept for e in forest.examples):
+                if all(e.identity in self.kept for e in forest.examples):
                     continue
                 counts = [e.trained_tokens for e in forest.examples]
                 pieces = logprob(forest).cpu().split(counts)
-                self.kept.update(zip(forest.examples, pieces, strict=True))
+                self.kept.update(zip((e.identity for e in forest.examples), pieces, strict=True))
 
     def __call__(self, forest: Forest) -> Tensor:
-        return torch.cat([self.kept[e] for e in forest.examples]).to(forest.tokens.device)
+        return torch.cat([self.kept[e.identity] for e in forest.examples]).to(forest.tokens.device)

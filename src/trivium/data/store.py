@@ -1,0 +1,208 @@
+"""Prepared rows on disk or in memory: one Arrow file per part, memory-mapped, and examples made of it when asked for.
+
+    part = encode_part(made, file=0)            # bytes of an Arrow file, and the account of its rows
+    store = Store(parts, files)
+    store.examples(np.arange(5))[0]             # an Example; its tokens are read from the file just now
+
+What a run holds in memory of a data set are `COLUMNS`, some 50 bytes an example, whatever its length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, overload
+
+import numpy as np
+
+from trivium.data.examples import Made
+from trivium.forest import Example, TokenSequence
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+# Of every example, held in memory: numbers that order, mix and account for rows without reading their tokens.
+COLUMNS = {
+    "digest": np.uint64,  # of its row
+    "first": np.bool_,  # whether it is its row's first
+    "line": np.int64,
+    "file": np.int32,
+    "size": np.int32,  # tokens that it alone takes on a line, shared beginnings counted once
+    "total": np.int32,  # tokens of its sequences
+    "longest": np.int32,  # tokens of its longest sequence
+    "trained": np.int32,
+}
+OPEN = 128  # parts held open at a time
+
+
+def encode_part(made: Made, file: int) -> bytes:
+    """The examples of a block as an Arrow file: ``COLUMNS``, and ``tokens`` (of all sequences in a row), ``lengths``
+    (of each sequence), ``spans`` (where weights are 1: start, end, start, ...) and ``bytes`` (of the trained text)."""
+    import pyarrow as pa
+
+    sequences = [e.sequences for e in made.examples]
+    numbers: dict[str, list[Any]] = {
+        "digest": made.digests,
+        "first": made.firsts,
+        "line": made.lines,
+        "file": [file] * len(sequences),
+        "size": [e.tokens for e in made.examples],
+        "total": [sum(len(s.tokens) for s in some) for some in sequences],
+        "longest": [max(len(s.tokens) for s in some) for some in sequences],
+        "trained": [e.trained_tokens for e in made.examples],
+    }
+    columns = {name: pa.array(np.array(numbers[name], dtype)) for name, dtype in COLUMNS.items()}
+    columns |= {
+        "bytes": pa.array(np.array([e.text_bytes for e in made.examples], np.int64)),
+        "tokens": _lists([np.concatenate([s.tokens for s in some]) for some in sequences]),
+        "lengths": _lists([np.array([len(s.tokens) for s in some]) for some in sequences]),
+        "spans": _lists([_spans(np.concatenate([s.weights for s in some])) for some in sequences]),
+    }
+    batch = pa.record_batch(columns)
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_file(sink, batch.schema) as writer:
+        writer.write_batch(batch)
+    return sink.getvalue().to_pybytes()
+
+
+def _lists(values: list[np.ndarray]) -> pa.Array:
+    import pyarrow as pa
+
+    ends = np.cumsum([0, *(len(v) for v in values)])
+    flat = np.concatenate(values).astype(np.int32) if values else np.empty(0, np.int32)
+    return pa.LargeListArray.from_arrays(pa.array(ends.astype(np.int64)), pa.array(flat))
+
+
+def _spans(weights: np.ndarray) -> np.ndarray:
+    """Where a row of zeros and ones turns: starts and ends of its ones."""
+    padded = np.concatenate([[0], weights != 0, [0]])
+    return np.flatnonzero(np.diff(padded)).astype(np.int32)
+
+
+@dataclass(frozen=True, eq=False)
+class Store:
+    """Prepared examples, in the order of the rows that they were made of. ``parts`` are files, or their bytes."""
+
+    parts: Sequence[Path | bytes]
+    files: Sequence[str]  # what each file's rows are called
+    key: str = ""  # tells stores apart
+
+    def __post_init__(self) -> None:
+        # One cache for each store, gone with it.
+        object.__setattr__(self, "batch", lru_cache(maxsize=OPEN)(self._opened))
+        columns = [self._numbers(n) for n in range(len(self.parts))]
+        lengths = [len(c["line"]) for c in columns]
+        object.__setattr__(self, "starts", np.cumsum([0, *lengths]))
+        for name, dtype in COLUMNS.items():
+            parts = [c[name] for c in columns]
+            object.__setattr__(self, name, np.concatenate(parts) if parts else np.empty(0, dtype))
+
+    batch: Callable[[int], pa.RecordBatch] = None  # type: ignore[assignment]  # a part, opened
+    starts: np.ndarray = None  # type: ignore[assignment]  # of each part, in examples
+    digest: np.ndarray = None  # type: ignore[assignment]
+    first: np.ndarray = None  # type: ignore[assignment]
+    line: np.ndarray = None  # type: ignore[assignment]
+    file: np.ndarray = None  # type: ignore[assignment]
+    size: np.ndarray = None  # type: ignore[assignment]
+    total: np.ndarray = None  # type: ignore[assignment]
+    longest: np.ndarray = None  # type: ignore[assignment]
+    trained: np.ndarray = None  # type: ignore[assignment]
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def _opened(self, part: int) -> pa.RecordBatch:
+        import pyarrow as pa
+
+        source = self.parts[part]
+        opened = pa.memory_map(str(source)) if isinstance(source, Path) else pa.BufferReader(source)
+        return pa.ipc.open_file(opened).get_batch(0)
+
+    def _numbers(self, part: int) -> dict[str, np.ndarray]:
+        batch = self._opened(part)
+        return {n: batch.column(n).to_numpy(zero_copy_only=False).astype(t) for n, t in COLUMNS.items()}
+
+    def example(self, number: int) -> Example:
+        """Example ``number``, its tokens still lying where they are stored."""
+        part = int(np.searchsorted(self.starts, number, "right")) - 1
+        batch = self.batch(part)
+        at = number - int(self.starts[part])
+        tokens, lengths, spans = (_list_at(batch.column(n), at) for n in ("tokens", "lengths", "spans"))
+        weights = np.zeros(len(tokens), np.float32)
+        for start, end in spans.reshape(-1, 2).tolist():
+            weights[start:end] = 1
+        cuts = np.cumsum(lengths)[:-1]
+        pieces = zip(np.split(tokens, cuts), np.split(weights, cuts), strict=True)
+        origin = f"{self.files[int(self.file[number])]}:{int(self.line[number])}"
+        return Example(
+            tuple(TokenSequence(t, w) for t, w in pieces), origin, batch.column("bytes")[at].as_py(), (self.key, number)
+        )
+
+    def examples(self, numbers: np.ndarray) -> Examples:
+        return Examples(self, numbers)
+
+
+def _list_at(column: pa.LargeListArray, at: int) -> np.ndarray:
+    ends = column.offsets[at : at + 2].to_numpy()
+    found: np.ndarray = column.values.slice(int(ends[0]), int(ends[1] - ends[0])).to_numpy()
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Examples(Sequence[Example]):
+    """Some of a store's examples, each made when it is asked for."""
+
+    store: Store
+    numbers: np.ndarray  # of each in the store
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    @overload
+    def __getitem__(self, index: int) -> Example: ...
+    @overload
+    def __getitem__(self, index: slice) -> Examples: ...
+    def __getitem__(self, index: int | slice) -> Example | Examples:
+        if isinstance(index, slice):
+            return Examples(self.store, self.numbers[index])
+        return self.store.example(int(self.numbers[index]))
+
+    def __iter__(self) -> Iterator[Example]:
+        return (self.store.example(int(n)) for n in self.numbers)
+
+    @property
+    def sizes(self) -> np.ndarray:
+        """Tokens that each takes on a line: ``[n]``."""
+        return np.asarray(self.store.size[self.numbers])
+
+    @property
+    def trained(self) -> np.ndarray:
+        """Trained tokens of each: ``[n]``."""
+        return np.asarray(self.store.trained[self.numbers])
+
+    def flat(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """Part by part: the examples' numbers, all their tokens in a row, 1 for each that is trained, and how many
+        tokens each example has."""
+        store = self.store
+        part_of = np.searchsorted(store.starts, self.numbers, "right") - 1
+        for part in np.unique(part_of):
+            numbers = np.sort(self.numbers[part_of == part])
+            batch, at = store.batch(int(part)), numbers - store.starts[part]
+            ends = batch.column("tokens").offsets.to_numpy()
+            values, turns = (batch.column(n).values.to_numpy() for n in ("tokens", "spans"))
+            edges = batch.column("spans").offsets.to_numpy()
+            # spans count from their example's first token; +1 where one starts, -1 where it ends
+            owner = np.repeat(np.arange(batch.num_rows), np.diff(edges))
+            steps = np.zeros(len(values) + 1, np.int8)
+            np.add.at(steps, turns + ends[owner], np.where(np.arange(len(turns)) % 2 == 0, 1, -1))
+            weights = np.cumsum(steps[:-1], dtype=np.int8)
+            mine = np.zeros(batch.num_rows, bool)
+            mine[at] = True
+            wanted = np.repeat(mine, np.diff(ends))
+            yield numbers, values[wanted], weights[wanted], np.diff(ends)[at]
+
+    def at(self, indexes: Sequence[int] | np.ndarray) -> Examples:
+        """The examples at these places, in this order."""
+        return Examples(self.store, self.numbers[np.asarray(indexes, np.int64)])
