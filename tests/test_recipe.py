@@ -25,8 +25,8 @@ def read(text: str = TEXT, *overrides: str, folder: Path = Path("/recipes")) -> 
 
 def test_paths_are_relative_to_the_recipe():
     base, chat = read().stages
-    assert base.data == "/recipes/text.jsonl"
-    assert chat.data == ["/recipes/a.jsonl", str(Path("~/b.jsonl").expanduser()), "hf://o/n/x.parquet"]
+    assert base.paths == "/recipes/text.jsonl"
+    assert chat.paths == ["/recipes/a.jsonl", str(Path("~/b.jsonl").expanduser()), "hf://o/n/x.parquet"]
 
 
 @pytest.mark.parametrize(
@@ -82,9 +82,10 @@ def test_a_path_in_an_override_may_be_relative_to_the_current_folder(tmp_path, m
     monkeypatch.chdir(tmp_path)
     (tmp_path / "mine.jsonl").touch()
     recipe = read(TEXT, "stages.base.data=mine.jsonl", "stages.chat.data=[min*.jsonl, other.jsonl]")
-    assert recipe.stages[0].data == str(tmp_path / "mine.jsonl")
-    assert recipe.stages[1].data == [str(tmp_path / "min*.jsonl"), "/recipes/other.jsonl"]
-    assert read(TEXT, "stages.base.eval_data=mine.jsonl").stages[0].eval_data == str(tmp_path / "mine.jsonl")
+    assert recipe.stages[0].paths == str(tmp_path / "mine.jsonl")
+    assert recipe.stages[1].paths == [str(tmp_path / "min*.jsonl"), "/recipes/other.jsonl"]
+    (held_out,) = read(TEXT, "stages.base.eval_data=mine.jsonl").stages[0].eval_data
+    assert held_out.path == str(tmp_path / "mine.jsonl")
     assert read(TEXT, "stages.base.eval_data=0.1").stages[0].eval_data == 0.1
 
 

@@ -79,6 +79,10 @@ NOT_IDENTITY = {
 }
 
 
+# Settings that came in later: as they are here, nothing is done otherwise than before, and nothing is trained again.
+USUAL = {"duplicates": "keep", "scored": "best_worst"}
+
+
 def resolve(stage: Stage, recipe: Recipe, parent: dict[str, Any] | None, parent_name: str) -> tuple[Stage, list[str]]:
     """The stage with every setting filled in, and a line for each kind of value that was not written in the recipe.
 
@@ -129,6 +133,6 @@ def _shown(key: str, value: Any) -> str:
 
 def identity_settings(stage: Stage) -> dict[str, Any]:
     """The settings that can change the result, for the stage's identity."""
-    values = stage.model_dump()
+    values = {k: v for k, v in stage.model_dump().items() if USUAL.get(k) != v}
     share = {"eval_share": stage.eval_data} if isinstance(stage.eval_data, (int, float)) else {}
     return {**{k: v for k, v in values.items() if k not in NOT_IDENTITY and v is not None}, **share}

@@ -155,7 +155,7 @@ def test_set_reaches_everything(here, trivium, monkeypatch):
     assert chat["learning_rate"] == 1e-4
     assert chat["method"] == aligned["method"] == {"name": "bottleneck", "r": 2, "dropout": 0.1}
     assert aligned["max_steps"] == 2
-    assert Path(aligned["data"][0]).resolve() == here / "pairs.jsonl"
+    assert Path(aligned["data"]).resolve() == here / "pairs.jsonl"
 
 
 @pytest.mark.parametrize("method", ["full", "lora", {"name": "bottleneck", "dropout": 0.2}])

@@ -85,7 +85,7 @@ def test_prompts_of_pairs_and_of_texts():
 
 
 def test_only_what_is_held_out_is_asked(tmp_path, talker):
-    from trivium.data.examples import prepare
+    from trivium.data.prepare import prepare
 
     rows = [conversation(n) for n in range(300)]
     path = tmp_path / "rows.jsonl"

@@ -38,7 +38,7 @@ from jinja2.visitor import NodeTransformer
 SECONDS = 2.0  # of this thread's processor time, which a busy machine does not use up
 CHARACTERS = 16_000_000  # printed, with 8 for every piece
 MEMORY = 160 << 20  # bytes that a rendering makes in all, freed or not
-SOURCE = 100_000  # characters of a template; the longest in use have 20,000
+SOURCE, BLOCKS = 64_000, 20  # characters of a template, loops and macros in each other; in use are 20,000 and 6
 LEVEL, DEPTH = 1_000_000, 100  # entries side by side and containers in each other that are printed or compared
 ENTRIES = 4096  # of a mapping that a template makes: keys can be chosen so that all of them collide
 BITS = 4096  # of a whole number
@@ -54,13 +54,11 @@ _SCALARS = frozenset({str, int, float, bool, type(None), Undefined})
 _CONTAINERS = (list, tuple, dict, KeysView, ValuesView, ItemsView)
 
 # What a template can call of an object. Strips, and searches from the end, take the product of both lengths.
-_SEARCHING = frozenset("strip lstrip rstrip rfind rindex rpartition rsplit".split())
-_SPLITTING = frozenset("split rsplit splitlines".split())
-_GROWING = frozenset("center ljust rjust zfill join replace".split())
-_OTHERS = "capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric"
-_OTHERS += (
-    " isprintable isspace istitle isupper lower partition removeprefix removesuffix startswith swapcase title upper"
-)
+_SEARCHING = frozenset({"strip", "lstrip", "rstrip", "rfind", "rindex", "rpartition", "rsplit"})
+_SPLITTING = frozenset({"split", "rsplit", "splitlines"})
+_GROWING = frozenset({"center", "ljust", "rjust", "zfill", "join", "replace"})
+_OTHERS = """capitalize casefold count endswith find index isalnum isalpha isascii isdecimal isdigit islower isnumeric
+    isprintable isspace istitle isupper lower partition removeprefix removesuffix startswith swapcase title upper"""
 _METHODS: dict[type, frozenset[str]] = {
     str: _SEARCHING | _SPLITTING | _GROWING | frozenset(_OTHERS.split()),
     dict: frozenset({"get", "items", "keys", "values"}),
@@ -190,21 +188,19 @@ class _Operations(_Meter):
         ours: dict[str, Callable[..., Any]] = {" joined": lambda values: self.join("", self.texts(values))}
         ours |= {" listed": self.listed, " part": self.part, " plain": self.plain, " plus": self.plus}
         ours |= {" sought": self.sought, " tick": self.spend, "list": self.listed, "string": self.text}
-        ours |= {name: FILTERS[name] for name in "abs count d default first last length".split()}
-        ours |= {name: partial(self.method, name) for name in "capitalize lower upper".split()}
-        ours |= {name: partial(self.whole_text, name) for name in "e escape safe title".split()}
-        ours |= {name: partial(self.in_order, name) for name in "max min sort unique".split()}
-        ours |= {name: self.for_each(name) for name in "map reject rejectattr select selectattr".split()}
+        ours |= {name: FILTERS[name] for name in ("abs", "count", "d", "default", "first", "last", "length")}
+        ours |= {name: partial(self.method, name) for name in ("capitalize", "lower", "upper")}
+        ours |= {name: partial(self.rewritten, name) for name in ("e", "escape", "safe", "title")}
+        ours |= {name: partial(self.in_order, name) for name in ("max", "min", "sort", "unique")}
+        ours |= {name: self.for_each(name) for name in ("map", "reject", "rejectattr", "select", "selectattr")}
         return ours | {name[3:]: getattr(self, name) for name in dir(self) if name.startswith("do_")}
 
-    def tests(self) -> dict[str, Callable[..., Any]]:
-        free = (
-            "boolean callable defined escaped false float integer iterable mapping none number sameas sequence string"
-        )
-        ours: dict[str, Callable[..., Any]] = {name: TESTS[name] for name in (*free.split(), "true", "undefined")}
-        for name in "== eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le".split():
+    def tests(self) -> dict[str, Any]:
+        free = "boolean callable defined escaped false float integer iterable mapping none number sameas sequence"
+        ours: dict[str, Any] = {name: TESTS[name] for name in (*free.split(), "string", "true", "undefined")}
+        for name in "== eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le".split(" "):
             ours[name] = lambda value, other, test=TESTS[name]: test(self.plain(value), self.plain(other))
-        for name in "divisibleby even odd".split():  # they use %, which would format a text
+        for name in ("divisibleby", "even", "odd"):  # they use %, which would format a text
             ours[name] = lambda value, *args, test=TESTS[name]: isinstance(value, (int, float)) and test(value, *args)
         ours["in"] = lambda value, other: self.plain(value) in self.sought(other)
         ours["lower"] = lambda value: self.plain(self.text(value)).islower()
@@ -291,7 +287,7 @@ class _Operations(_Meter):
     def method(self, name: str, value: Any, *args: Any) -> str:
         return self.call_text(getattr(self.text(value), name), args, {})
 
-    def whole_text(self, name: str, value: Any) -> str:
+    def rewritten(self, name: str, value: Any) -> str:
         text = self.text(value)
         self.room(40 * len(text))
         return self.keep(FILTERS[name](text))
@@ -452,7 +448,7 @@ class _Rewriter(NodeTransformer):
     """Puts the meter where Jinja calls nothing: loops, macros, ``+``, ``~``, slices, comparisons, keys, ``*args``."""
 
     def __init__(self) -> None:
-        self.kept = 0  # blocks around the node whose text is not printed where they stand
+        self.depth = self.kept = 0  # blocks around the node, and those whose text is not printed where they stand
         self.markers = self.lost_markers = self.dates = False
 
     def visit_Name(self, node: nodes.Name) -> nodes.Node:
@@ -478,16 +474,18 @@ class _Rewriter(NodeTransformer):
         return self._inside(node)
 
     def _inside(self, node: nodes.Node, kept: bool = True) -> nodes.Node:
-        self.kept += kept
+        if self.depth >= BLOCKS:
+            raise TemplateSyntaxError(f"more than {BLOCKS} blocks in each other", node.lineno)
+        self.depth, self.kept = self.depth + 1, self.kept + kept
         self.generic_visit(node)
-        self.kept -= kept
+        self.depth, self.kept = self.depth - 1, self.kept - kept
         return node
 
     def visit_Add(self, node: nodes.Add) -> nodes.Node:
         self.generic_visit(node)
-        left = node.left
-        chained = isinstance(left, nodes.Filter) and left.name == " plus"
-        return _filter("plus", *((left.node, *left.args) if chained else (left,)), node.right)
+        left: Any = node.left
+        terms = (left.node, *left.args) if isinstance(left, nodes.Filter) and left.name == " plus" else (left,)
+        return _filter("plus", *terms, node.right)
 
     def visit_Concat(self, node: nodes.Concat) -> nodes.Node:
         self.generic_visit(node)
@@ -502,14 +500,14 @@ class _Rewriter(NodeTransformer):
 
     def visit_Compare(self, node: nodes.Compare) -> nodes.Node:
         self.generic_visit(node)
-        sides = [node, *node.ops]
-        searched = [side for side in node.ops if side.op in ("in", "notin")]
-        if len(sides) == 2 and not searched and any(isinstance(side.expr, nodes.Const) for side in sides):
-            return node  # a comparison with a text or number takes no time, whatever the other is
-        for side in sides:
-            constant = isinstance(side.expr, nodes.Const)
-            constant |= isinstance(side.expr, (nodes.List, nodes.Tuple)) and not list(side.expr.find_all(nodes.Name))
-            side.expr = side.expr if constant else _filter("sought" if side in searched else "plain", side.expr)
+        sides: list[Any] = [node, *node.ops]
+        names = ["sought" if getattr(side, "op", "") in ("in", "notin") else "plain" for side in sides]
+        if names == ["plain"] * 2 and any(isinstance(side.expr, nodes.Const) for side in sides):
+            return node  # to compare anything with a text or number takes no time
+        for side, name in zip(sides, names, strict=True):
+            parts = side.expr.items if isinstance(side.expr, (nodes.List, nodes.Tuple)) else (side.expr,)
+            if not all(isinstance(part, nodes.Const) for part in parts):
+                side.expr = _filter(name, side.expr)
         return node
 
     def visit_Pair(self, node: nodes.Pair) -> nodes.Node:
