@@ -110,6 +110,30 @@ def load_tokenizer(folder: Path) -> Any:
             raise ModelError(f"{folder}: its tokenizer cannot be loaded: {reason}", "restore the folder") from None
 
 
+def reading_of(source: str) -> tuple[Any, int | None]:
+    """The tokenizer of a model, and its context in tokens (None: not said), without loading a weight.
+
+    ``source``: a folder, also of an adapter or a tokenizer alone, a ``.gguf`` file, or a hub id. Raises ModelError.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    from trivium.model.language_model import context_of
+    from trivium.model.load import clear_errors_of, locate
+
+    path = Path(source).expanduser()
+    if path.is_dir() and is_adapter(path):
+        tokenizer, context = reading_of(base_of(path))
+        own = (path / "tokenizer_config.json").is_file()
+        return load_tokenizer(path) if own else tokenizer, context
+    if path.is_dir() and not (path / "config.json").is_file():
+        return load_tokenizer(path), None
+    where, extra = (str(path), {}) if path.is_dir() else locate(source)
+    with quiet(), clear_errors_of(source):
+        config = AutoConfig.from_pretrained(where, **extra, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(where, **extra, trust_remote_code=False)
+    return tokenizer, context_of(config.get_text_config())
+
+
 def base_of(folder: Path) -> str:
     """Where an adapter's base lies: beside it as recorded, where it was, or a hub id. Raises ModelError."""
     from trivium.peft.folder import read_config

@@ -9,7 +9,7 @@ from typing import Any
 
 import typer
 
-from trivium.cli import run, talk
+from trivium.cli import data, run, talk
 from trivium.errors import Interrupted, UserError
 
 app = typer.Typer(
@@ -21,6 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 run.add_to(app)
+data.add_to(app)
 talk.add_to(app)
 
 

@@ -78,8 +78,8 @@ class Ledger:
             self.set_aside += 1
             if len(self.first_bad) < SHOWN:
                 self.first_bad.append(place)
-            known = reason in self.reasons or len(self.reasons) < REASONS
-            key = reason if known else "other reasons"
+            kind = reason.split("; the row begins")[0]
+            key = kind if kind in self.reasons or len(self.reasons) < REASONS else "other reasons"
             self.reasons[key] = self.reasons.get(key, 0) + 1
 
     def balance(self) -> None:

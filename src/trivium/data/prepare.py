@@ -85,7 +85,7 @@ def prepare(
     pairs: Pairs = "best_worst",
     duplicates: Literal["keep", "drop"] = "keep",
     holdout: float = 0.0,
-    bad_rows: float = 0.01,
+    bad_rows: float | None = 0.01,
 ) -> Prepared:
     """Read, recognise, render and tokenise all rows of ``source``: paths, or rows in memory.
 
@@ -93,7 +93,7 @@ def prepare(
     are split, other rows are an error if ``max_length`` was given, else dropped and counted. ``holdout`` is the part of
     the rows kept out of training, decided by each row's own content: adding rows moves none from one side to the other,
     and identical rows are on the same side. Raises DataError where a file is missing, nothing useful is left, or more
-    than ``bad_rows`` (a share) are unusable.
+    than ``bad_rows`` (a share) are unusable; never where that is None.
     """
     assert kind == "text" or template is not None, "conversations and pairs need a chat template"
     limit = min(max_length or context, context)
@@ -108,7 +108,8 @@ def prepare(
         ledger.add(account, store.files[account["file"]])
     ledger.bad = lambda: (BadPlace(store.files[a["file"]], *place) for a in accounts() for place in a["bad"])
     prepared = _divided(store, mixes, ledger, holdout, duplicates)
-    ledger.check(bad_rows, over_long_stops=how == "error")
+    if bad_rows is not None:
+        ledger.check(bad_rows, over_long_stops=how == "error")
     return prepared
 
 

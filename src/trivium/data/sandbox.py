@@ -103,7 +103,7 @@ class _Meter:
         if isinstance(value, str):
             self.spend(sys.getsizeof(value))
         elif isinstance(value, (list, tuple)):
-            self.spend(64 + 72 * len(value))  # a place and a short text for each entry
+            self.spend(64 + 8 * len(value))
         return value
 
     def few(self, value: Any) -> Any:
@@ -172,8 +172,7 @@ class _Meter:
     def join(self, separator: str, texts: Sequence[Any]) -> str:
         size = sum(map(len, texts)) + len(separator) * len(texts)
         self.room(4 * size)
-        self.spend(64 + 4 * size)
-        return separator.join(texts)
+        return self.keep(separator.join(texts))
 
 
 class _Operations(_Meter):
@@ -198,7 +197,8 @@ class _Operations(_Meter):
     def tests(self) -> dict[str, Any]:
         free = "boolean callable defined escaped false float integer iterable mapping none number sameas sequence"
         ours: dict[str, Any] = {name: TESTS[name] for name in (*free.split(), "string", "true", "undefined")}
-        for name in "== eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le".split(" "):
+        compared = "== eq equalto != ne > gt greaterthan >= ge < lt lessthan <= le"
+        for name in compared.split():
             ours[name] = lambda value, other, test=TESTS[name]: test(self.plain(value), self.plain(other))
         for name in ("divisibleby", "even", "odd"):  # they use %, which would format a text
             ours[name] = lambda value, *args, test=TESTS[name]: isinstance(value, (int, float)) and test(value, *args)
@@ -217,8 +217,7 @@ class _Operations(_Meter):
                 return reduce(partial(self.calculate, "+"), parts)
             size += len(part)
         if size > SMALL:
-            self.room(4 * size)
-            self.spend(4 * size)
+            return self.join("", parts)
         self.spent += 64 + 4 * size
         return "".join(parts)
 
@@ -227,6 +226,7 @@ class _Operations(_Meter):
         if isinstance(left, (int, float)) and isinstance(right, (int, float)):
             if operator == "**" and isinstance(left, int) and left.bit_length() * right > BITS:
                 raise OverflowError("too large a power")
+            self.spend(32)
             return self.bounded(operate(self.bounded(left), self.bounded(right)))
         if operator == "%" and type(left) is str:
             return self.percent(left, right)
@@ -266,8 +266,9 @@ class _Operations(_Meter):
             raise TemplateRefused(f"the template calls {name} of a {type(text).__name__}")
         other = args[0] if args else kwargs.get("sep")
         if size < SMALL and name not in _GROWING and (other is None or (type(other) is str and len(other) < SMALL)):
-            self.spend(100 * size)
-            return method(*args, **kwargs)
+            value = method(*args, **kwargs)
+            self.spend(64 + 4 * size + (72 * len(value) if name in _SPLITTING else 0))
+            return value
         self.spend(64 + (size >> 4))
         for arg in (*args, *kwargs.values()):
             if isinstance(arg, (str, tuple)):
@@ -282,7 +283,9 @@ class _Operations(_Meter):
             self.room(4 * other if isinstance(other, int) else 0)
         else:
             self.room(12 * size)  # in upper case a letter can become three
-        return self.keep(method(*args, **kwargs))
+        value = method(*args, **kwargs)
+        self.spend(72 * len(value) if name in _SPLITTING else 0)
+        return self.keep(value)
 
     def method(self, name: str, value: Any, *args: Any) -> str:
         return self.call_text(getattr(self.text(value), name), args, {})
@@ -439,8 +442,6 @@ class _Generation(Extension):
         return text
 
 
-# What the nodes that make an object make at least, in bytes; what runs in a loop of its own is counted there.
-_WEIGHTS = {nodes.List: 80, nodes.Tuple: 64, nodes.Dict: 240, nodes.For: 400, nodes.Macro: 800, nodes.CallBlock: 800}
 _RUNS = (nodes.For, nodes.Macro, nodes.CallBlock)
 
 
@@ -538,10 +539,16 @@ def _filter(name: str, node: nodes.Expr, *args: nodes.Expr) -> nodes.Filter:
 
 
 def _tick(body: Sequence[nodes.Node]) -> nodes.Filter:
+    """Pays for one run of ``body``: what its nodes make at least, in bytes, and 1 for a node that makes nothing."""
     weight, below = 8, list(body)
     while below:
         node = below.pop()
-        weight += _WEIGHTS.get(type(node), 8)
+        if isinstance(node, (nodes.List, nodes.Tuple, nodes.Dict)):
+            weight += 240 + 72 * len(node.items)  # with a small object for each entry
+        elif isinstance(node, nodes.Output):
+            weight += 8 * len(node.nodes)
+        weight += 800 if isinstance(node, _RUNS) else 1
+        # What is inside of a loop or macro is paid for there.
         below.extend(node.iter_child_nodes(exclude=("body",) if isinstance(node, _RUNS) else ()))
     return _filter("tick", nodes.Const(weight, lineno=body[0].lineno if body else 1))
 
@@ -634,12 +641,14 @@ class _Environment(ImmutableSandboxedEnvironment):
         owner, name = method.__self__, method.__name__
         if isinstance(owner, str):
             return self.meter.call_text(method, args, kwargs)
+        if type(owner) is _Generation:
+            return method(**kwargs)
         if name in _METHODS.get(type(owner), ()):
             for value in args if type(owner) is dict else (*args, owner):
                 self.meter.plain(value)
         elif type(owner) is _Dict and args:
             args = (self._entries(args[0]), *args[1:])
-        elif type(owner) is not _Generation:
+        else:
             raise TemplateRefused(f"the template calls {name} of a {type(owner).__name__}")
         return method(*args, **kwargs)
 

@@ -45,6 +45,7 @@ PLAIN = """\
 {%- endfor %}
 {%- if add_generation_prompt %}{{ 'Assistant:\\n' }}{% endif %}"""
 
+_REASON = "qxreason"
 _ASK, _ANSWER = "qxask", "qxanswer"  # what the probe says; no template holds these
 _PROBE = [{"role": "user", "content": _ASK}, {"role": "assistant", "content": _ANSWER}]
 
@@ -74,6 +75,18 @@ def chat_template(tokenizer: PreTrainedTokenizerFast, date: datetime.date | None
         ) from None
     tokenizer.chat_template = template.source
     return template
+
+
+def rewrites(template: ChatTemplate) -> str | None:
+    """In which conversations the template renders an earlier turn otherwise than the last one: each such turn is then
+    trained as a sequence of its own. None: in none, the template is prefix-preserving."""
+    thought = [_PROBE[0], {**_PROBE[1], "reasoning_content": _REASON}]
+    found = []
+    for what, turns in (("plain turns", _PROBE), ("turns with reasoning", thought)):
+        with contextlib.suppress(RowError):  # not what it prints
+            if len(template.lay_out([*turns, *turns])) > 1:
+                found.append(what)
+    return " and ".join(found) or None
 
 
 def _source(tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> tuple[str, str]:

@@ -19,6 +19,12 @@ from trivium.model.readout import Readout, readout_of
 FILL_CUDA = 1024
 
 
+def context_of(config: Any) -> int | None:
+    """The longest sequence that a model of this config is built for, in tokens; None where it does not say."""
+    names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
+    return next((int(n) for name in names if (n := getattr(config, name, None))), None)
+
+
 @dataclass(eq=False)
 class LanguageModel:
     """``hf`` is the `transformers` model, unchanged; ``layout`` is how batches are laid out (see `layout.py`).
@@ -47,8 +53,7 @@ class LanguageModel:
     @property
     def context(self) -> int:
         """The longest sequence the model was built for, in tokens."""
-        names = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length")
-        return next((int(n) for name in names if (n := getattr(self.config, name, None))), 2**20)
+        return context_of(self.config) or 2**20
 
     @property
     def readout(self) -> Readout:

@@ -80,7 +80,7 @@ def load_base(source: str, dtype: str, device: str, overrides: dict[str, Any] | 
     if extra:
         with contextlib.suppress(ImportError):  # before `quiet`, which hides the bar that is in it
             importlib.import_module("transformers.modeling_gguf_pytorch_utils")
-    with quiet(), _clear_errors(source):
+    with quiet(), clear_errors_of(source):
         config = AutoConfig.from_pretrained(where, **extra, trust_remote_code=False)
         saved = getattr(config, "dtype", None) if not extra else None
         for key, value in (overrides or {}).items():
@@ -187,7 +187,7 @@ def _check_folder(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def _clear_errors(source: str) -> Iterator[None]:
+def clear_errors_of(source: str) -> Iterator[None]:
     """One line for whatever a library raises over a model folder."""
     try:
         yield

@@ -1,0 +1,186 @@
+"""``trivium data check``, ``show`` and ``template``: to look at data before spending on it."""
+
+from __future__ import annotations
+
+import os
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from trivium.errors import DataError
+
+if TYPE_CHECKING:
+    from trivium.data.check import Asked
+    from trivium.data.rows import Mix
+
+group = typer.Typer(help="Look at data before spending on it.", no_args_is_help=True, rich_markup_mode=None)
+
+Files = Annotated[list[str], typer.Argument(help="Files, folders, globs, or hf://owner/name/path.")]
+Model = Annotated[str | None, typer.Option("--model", metavar="DIR", help="The model whose tokenizer reads them.")]
+Length = Annotated[int | None, typer.Option("--max-length", min=2, help="As in a recipe; else the model's context.")]
+Overflow = Annotated[
+    Literal["error", "drop", "truncate_left", "truncate_right", "split"] | None,
+    typer.Option("--on-overflow", help="What becomes of longer rows, as in a recipe."),
+]
+Stage = Annotated[
+    Literal["pretrain", "sft", "preference"] | None, typer.Option("--stage", help="The stage that they are for.")
+]
+TrainOn = Annotated[Literal["assistant", "last", "all"], typer.Option("--train-on", help="Which turns are trained.")]
+Field = Annotated[
+    list[str] | None, typer.Option("--field", metavar="OURS=THEIRS", help="What a field is called, e.g. prompt=ask.")
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    for command in (check, show, template):
+        group.command(command.__name__)(command)
+    app.add_typer(group, name="data")
+
+
+def check(
+    files: Files,
+    model: Model = None,
+    max_length: Length = None,
+    on_overflow: Overflow = None,
+    stage: Stage = None,
+    train_on: TrainOn = "assistant",
+    field: Field = None,
+    json: Annotated[bool, typer.Option("--json", help="Everything as JSON, every bad row included.")] = False,
+) -> None:
+    """Formats, bad rows with file:line, lengths, what is trained; exit code 2 if anything would stop a run."""
+    from trivium.data import check as checks
+
+    mixes = _mixes(files)
+    asked = _asked(model, max_length, on_overflow, stage, train_on, field)
+    found = checks.check(mixes, asked)
+    if json:
+        import json as codec
+
+        print(codec.dumps(checks.as_json(found), indent=1, ensure_ascii=False))
+    else:
+        for one in found:
+            print("\n".join(checks.lines(one, asked)))
+    stops = [one.stops for one in found if one.stops is not None]
+    if stops:
+        what, _, remedy = stops[0].partition("\n")
+        raise DataError(what, remedy.strip())
+
+
+def show(
+    files: Files,
+    model: Annotated[str, typer.Option("--model", metavar="DIR", help="The model that is to see them.")],
+    n: Annotated[int, typer.Option("-n", min=1, help="How many rows.")] = 3,
+    max_length: Length = None,
+    on_overflow: Overflow = None,
+    stage: Stage = None,
+    train_on: TrainOn = "assistant",
+    field: Field = None,
+    html: Annotated[Path | None, typer.Option("--html", help="Write a page instead.")] = None,
+) -> None:
+    """Rows as the model sees them: what is trained, control tokens, what is shared."""
+    from trivium.data import check as checks
+    from trivium.data.encoder import Encoder
+    from trivium.data.show import as_html, as_text, branches
+    from trivium.files import write_text
+
+    asked = _asked(model, max_length, on_overflow, stage, train_on, field)
+    encoder = Encoder.of(asked.tokenizer)
+    rows = []
+    for one in checks.check(_mixes(files), asked):
+        if one.prepared is None or not len(one.prepared.examples):
+            raise DataError(*(one.stops or "no row to show\ngive other files").split("\n", 1))
+        for example in one.prepared.examples[:n]:
+            about = f"{example.origin}  {example.tokens:,} tokens, {example.trained_tokens:,} trained"
+            rows.append((about, branches(example, encoder, pair=one.kind == "pair")))
+    if html is not None:
+        write_text(html, as_html(rows, ", ".join(files)))
+        print(html)
+        return
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    for about, shown in rows:
+        print(as_text(shown, about, colour) + "\n")
+
+
+def template(
+    folder: Annotated[str, typer.Argument(metavar="DIR", help="A model, adapter or tokenizer folder, or a hub id.")],
+) -> None:
+    """The chat template in use: where it came from, how its turns end, whether it rewrites earlier ones."""
+    from trivium.data.encoder import Encoder
+    from trivium.data.show import as_text, branches
+    from trivium.data.templates import chat_template, rewrites
+    from trivium.folder import reading_of, record_of
+    from trivium.forest import Example
+
+    tokenizer, _ = reading_of(folder)
+    found = chat_template(tokenizer)
+    record = (record_of(Path(folder)) or {}) if Path(folder).is_dir() else {}
+    trained_with = record.get("template", {}).get("sha256")
+    prints = found.jinja
+    again = rewrites(found)
+    preserving = f"no, not for {again}: each is a sequence of its own" if again else "yes"
+    stops = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(found.stop_ids))
+    lines = {
+        "template": found.origin,
+        "sha256": found.sha256 + _compared(found.sha256, trained_with),
+        "prefix-preserving": preserving,
+        "an answer ends with": repr(found.stop_text.strip()),
+        "generation stops at": stops,
+        "begins with a BOS": "the tokenizer adds it, once" if found.encoder.bos_id is not None else "as it prints it",
+        "asks for the date": "yes (date in the recipe)" if prints.uses_date else "no",
+        "generation markers": "yes" if prints.has_markers else "no, and none are needed",
+    }
+    print("\n".join(f"{name + ':':22}{value}" for name, value in lines.items()) + "\n")
+    said = (("user", "What is 2 + 2?"), ("assistant", "4."), ("user", "And 3 + 3?"), ("assistant", "6."))
+    messages = [{"role": role, "content": text} for role, text in said]
+    example = Example(tuple(found.encode(messages)), "an example")
+    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
+    print(
+        as_text(
+            branches(example, Encoder.of(tokenizer)), "a conversation of two turns, what is trained marked:", colour
+        )
+    )
+
+
+def _compared(now: str, then: str | None) -> str:
+    if then is None:
+        return ""
+    return " (the one it was trained with)" if now == then else f" (NOT the one it was trained with, {then[:12]})"
+
+
+def _mixes(files: list[str]) -> list[Mix]:
+    from trivium.data.hub import local
+    from trivium.data.rows import Mix
+
+    return [Mix(local(file)) for file in files]
+
+
+def _asked(
+    model: str | None,
+    max_length: int | None,
+    on_overflow: Any,
+    stage: str | None,
+    train_on: Any,
+    fields: list[str] | None,
+) -> Asked:
+    """What the command line asks for; the tokenizer and template are read. Raises ModelError, DataError."""
+    from trivium.data.check import Asked
+
+    kinds: dict[str, Any] = {"pretrain": "text", "sft": "conversation", "preference": "pair"}
+    pairs = [tuple(field.split("=", 1)) for field in fields or []]
+    if wrong := [field for field in fields or [] if "=" not in field]:
+        raise DataError(f"--field {wrong[0]}: not OURS=THEIRS", "e.g. --field prompt=question_text")
+    told: dict[str, Any] = {
+        "max_length": max_length, "on_overflow": on_overflow, "kind": kinds.get(stage or ""), "train_on": train_on,
+        "fields": tuple(sorted(pairs)),
+    }  # fmt: skip
+    if model is None:
+        if max_length is not None:
+            raise DataError("--max-length counts tokens, and there is no tokenizer to count with", "add --model DIR")
+        return Asked(**told)
+    from trivium.data.templates import chat_template
+    from trivium.folder import reading_of
+
+    tokenizer, context = reading_of(model)
+    return Asked(tokenizer=tokenizer, template=chat_template(tokenizer), context=context or 2**20, **told)
