@@ -26,8 +26,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from trivium.data.encoder import GUARD, Encoder, Tokens
+from trivium.data.encoder import GUARD, Encoder
 from trivium.data.formats import Message, RowError
+from trivium.data.memo import Tokens, Words
 from trivium.data.sandbox import Template, TemplateRefused
 from trivium.forest import TokenSequence
 
@@ -232,39 +233,34 @@ class ChatTemplate:
 
     # --- tokens
 
-    def tokenize(self, texts: Sequence[str]) -> list[Tokens]:
-        """Rendered texts as tokens, in one batched call; exactly one BOS where the tokenizer adds one by itself."""
-        return [self._one_bos(tokens) for tokens in self.encoder.tokens(texts)]
+    def tokenize(self, texts: Sequence[str]) -> list[Tokens | Words]:
+        """Rendered texts as tokens, in one batched call."""
+        return self.encoder.tokens(texts)
 
-    def _one_bos(self, tokens: Tokens) -> Tokens:
-        ids, start, end = tokens.ids, tokens.start, tokens.end
-        end = np.maximum.accumulate(end) if len(end) else end
-        # Some tokenizers leave white space out of a token's offsets: a token takes what lies before it.
-        start = np.minimum(start, np.concatenate([[0], end[:-1]])) if len(start) else start
+    def one_bos(self, ids: np.ndarray) -> tuple[np.ndarray, int]:
+        """Tokens with exactly one BOS where the tokenizer adds one by itself, and by how much they moved."""
         bos = self.encoder.bos_id
-        if bos is not None:
-            others = np.flatnonzero(ids != bos)
-            first = int(others[0]) if len(others) else len(ids)
-            ids = np.concatenate([np.array([bos], np.int32), ids[first:]])
-            start, end = np.concatenate([[0], start[first:]]), np.concatenate([[0], end[first:]])
-        return Tokens(ids, start, end)
+        if bos is None or (len(ids) > 1 and ids[0] == bos != ids[1]):
+            return ids, 0
+        others = np.flatnonzero(ids != bos)
+        first = int(others[0]) if len(others) else len(ids)
+        return np.concatenate([np.array([bos], np.int32), ids[first:]]), 1 - first
 
-    def weigh(self, rendered: Rendered, tokens: Tokens) -> TokenSequence:
+    def weigh(self, rendered: Rendered, tokens: Tokens | Words) -> TokenSequence:
         """Weight 1 for every token with a character in a trained span, else 0.
 
         A token that straddles a span's start (a line end of the prompt with one of the answer, say) is trained, as it
         holds the answer's first characters, unless it is an added token that swallowed them. Raises RowError where a
         trained turn's last token is not its stop token.
         """
-        ids, start, end = tokens.ids, tokens.start, tokens.end
+        ids, moved = self.one_bos(tokens.ids)
         weights = np.zeros(len(ids), np.float32)
         for (a, b), turn in zip(rendered.spans, rendered.turns, strict=True):
-            inside = np.arange(np.searchsorted(end, a, "left"), np.searchsorted(start, b, "left"))
-            inside = inside[(end[inside] > a) | ((start[inside] >= a) & (end[inside] == start[inside]))]
-            swallowed = (start[inside] < a) & np.isin(ids[inside], self.encoder.added_ids)
-            weights[inside[~swallowed]] = 1
-            if turn and (not len(inside) or ids[inside[-1]] != self.stop_id):
+            i, j, before = tokens.between(a, b)
+            if turn and (i >= j or int(tokens.ids[j - 1]) != self.stop_id):
                 raise RowError(f"a trained turn does not end with the stop token {self.stop_text.strip()!r}")
+            swallowed = before and int(tokens.ids[i]) in self.encoder.added
+            weights[max(0, i + swallowed + moved) : max(0, j + moved)] = 1
         if len(weights):
             weights[0] = 0  # nothing comes before it
         return TokenSequence(ids, weights)
@@ -279,7 +275,7 @@ class ChatTemplate:
     def encode_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
         """The tokens after which the model is to answer. Raises RowError."""
         text = self.render(self._guarded(messages), add_generation_prompt=True, tools=self.encoder.guarded(tools))
-        return self.tokenize([text])[0].ids.tolist()
+        return list(self.one_bos(self.tokenize([text])[0].ids)[0].tolist())
 
 
 def trained(messages: Sequence[Message], train_on: TrainOn) -> list[int]:

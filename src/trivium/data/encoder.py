@@ -22,21 +22,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from trivium.data.memo import Memo, Tokens, Words
+
 if TYPE_CHECKING:
     from tokenizers import Encoding, Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 GUARD = "\ufdd0"  # no character, by Unicode's own word: no text has it
 _STANDIN = "\ufdd1"  # and this begins the twin's names for control tokens
-
-
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """``n`` tokens and, for each, where its characters start and end in the text: three arrays ``[n]``."""
-
-    ids: np.ndarray
-    start: np.ndarray
-    end: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,16 +110,25 @@ class Encoder:
 
     # --- tokens
 
-    def encodings(self, texts: Sequence[str]) -> list[Encoding]:
-        """Texts as the tokenizer reads them, control tokens included, in one batched call; no BOS is added."""
+    @cached_property
+    def memo(self) -> Memo:
+        return Memo(self.backend)
+
+    def tokens(self, texts: Sequence[str]) -> list[Tokens | Words]:
+        """Texts as tokens with places in them, those that have guards with these obeyed; no BOS is added."""
+        plain = [t for t in texts if GUARD not in t]
         self.backend.no_truncation()
         self.backend.no_padding()
-        return list(self.backend.encode_batch(list(texts), add_special_tokens=False))
+        found: Sequence[Tokens | Words] | None = self.memo.tokens(plain)
+        if found is None:
+            found = [self.placed(e) for e in self.backend.encode_batch(plain, add_special_tokens=False)]
+        ready = iter(found)
+        return [self._guarded_tokens(t) if GUARD in t else next(ready) for t in texts]
 
-    def tokens(self, texts: Sequence[str]) -> list[Tokens]:
-        """Texts as tokens with places in them, those that have guards with these obeyed; no BOS is added."""
-        plain = iter(self.encodings([t for t in texts if GUARD not in t]))
-        return [self._guarded_tokens(t) if GUARD in t else self.placed(next(plain)) for t in texts]
+    def placed_tokens(self, text: str) -> list[tuple[int, int, int]]:
+        """(id, start, end) of each token of a text."""
+        found = self.placed(self.backend.encode(text, add_special_tokens=False))
+        return list(zip(found.ids.tolist(), found.start.tolist(), found.end.tolist(), strict=True))
 
     @staticmethod
     def placed(encoding: Encoding) -> Tokens:

@@ -23,6 +23,7 @@ import numpy as np
 from trivium.data.chat import ChatTemplate, Rendered, TrainOn
 from trivium.data.encoder import GUARD, Encoder, canonical
 from trivium.data.formats import Conversation, Kind, Pair, Prompt, Rating, RowError, Scored, Text, mapped, parse
+from trivium.data.memo import Tokens, Words
 from trivium.data.readers import BadRow, Row
 from trivium.forest import Example, TokenSequence
 
@@ -126,13 +127,11 @@ class Maker:
         """[BOS] text [EOS], every token trained but the first, split where longer than the limit."""
         bos, eos = self.encoder.bos_id, self.encoder.eos_id
         before = 0 if bos is None else 1
-        plain = iter(self.encoder.encodings([t for d in drafts if GUARD not in (t := d.texts[0].text)]))
-        for draft in drafts:
+        tokenised = self.encoder.tokens([d.texts[0].text for d in drafts])
+        for draft, found in zip(drafts, tokenised, strict=True):
             text = draft.texts[0].text
-            encoding = next(plain) if GUARD not in text else None
-            found = self.encoder.tokens([text])[0] if encoding is None else None
-            ids = encoding.ids if encoding is not None else found.ids.tolist() if found else []
-            tokens = np.array([*[bos] * before, *ids, *([] if eos is None or draft.row.goes_on else [eos])], np.int32)
+            end = [] if eos is None or draft.row.goes_on else [eos]
+            tokens = np.concatenate([np.array([bos] * before, np.int32), found.ids, np.array(end, np.int32)])
             if len(tokens) < 2:
                 reason = "no trained token: the text is a single token"
                 made.set_aside.append((draft.row.line, reason, canonical(draft.row.value)))
@@ -140,12 +139,7 @@ class Maker:
             pieces = self._fitting_text(tokens, draft, made)
             if not pieces:
                 continue
-            ends: list[int] = []
-            if found is not None:
-                ends = found.end.tolist()
-            elif encoding is not None and (len(pieces) > 1 or not before):
-                ends = [end for _, end in encoding.offsets]
-            sizes = _piece_bytes(text, ends, before, len(pieces), self.spec.limit)
+            sizes = _piece_bytes(text, found, before, len(pieces), self.spec.limit)
             sequences = [TokenSequence(piece, _all_but_first(len(piece))) for piece in pieces]
             self._place(draft, [Example((s,), "", n) for s, n in zip(sequences, sizes, strict=True)], made)
 
@@ -245,19 +239,16 @@ def _without(s: TokenSequence, start: int, stop: int) -> TokenSequence:
     return TokenSequence(np.concatenate([s.tokens[:start], s.tokens[stop:]]), weights)
 
 
-def _piece_bytes(text: str, ends: list[int], before: int, pieces: int, limit: int) -> list[int]:
-    """UTF-8 bytes that each piece of a text trains. ``ends``: where each token of the text ends in it; ``before``
-    tokens stand in front of the text's own."""
+def _piece_bytes(text: str, found: Tokens | Words, before: int, pieces: int, limit: int) -> list[int]:
+    """UTF-8 bytes that each piece of a text trains; ``before`` tokens stand in front of the text's own, ``found``."""
 
-    def bytes_of(start: int, stop: int) -> int:
-        return len(text[start:stop].replace(GUARD, "").encode("utf-8"))
+    def end_of(place: int) -> int:
+        """Where the token at this place of the whole ends in the text."""
+        at = min(place - before, len(found.ids) - 1)
+        return found.end_of(at) if at >= 0 else 0
 
-    if pieces == 1:
-        first = 0 if before or not ends else ends[0]
-        return [bytes_of(first, len(text))]
-    cuts = [ends[min(place, len(ends)) - 1] if place > 0 else 0
-            for place in (n * (limit - 1) - before + 1 for n in range(pieces))]  # fmt: skip
-    return [bytes_of(start, stop) for start, stop in pairwise([*cuts, len(text)])]
+    cuts = [end_of(n * (limit - 1)) for n in range(pieces)] if pieces > 1 or not before else [0]
+    return [len(text[start:stop].replace(GUARD, "").encode("utf-8")) for start, stop in pairwise([*cuts, len(text)])]
 
 
 def _all_but_first(n: int) -> np.ndarray:

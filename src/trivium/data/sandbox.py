@@ -107,8 +107,8 @@ class _Meter:
         return value
 
     def few(self, value: Any) -> Any:
-        """Pays for what a mapping is made of."""
-        self.spend(100 * len(value))
+        """Pays for a mapping of these entries."""
+        self.spend(300 + 100 * len(value))
         if len(value) > ENTRIES:
             raise TemplateRefused(f"the template makes a mapping or a set of more than {ENTRIES} entries")
         return value
@@ -127,6 +127,10 @@ class _Meter:
                     characters += len(item)
                 elif isinstance(item, int):
                     characters += item.bit_length() // 3
+                elif isinstance(item, Macro):
+                    characters += len(item.name or "")
+                elif isinstance(item, MethodType):
+                    below.append(item.__self__)
                 elif isinstance(item, Namespace):
                     below.append(object.__getattribute__(item, "_Namespace__attrs"))
                 elif isinstance(item, _CONTAINERS):
@@ -143,7 +147,9 @@ class _Meter:
             if len(value) > SMALL:
                 self.spend(len(value) >> 4)
         elif type(value) not in _SCALARS:
-            self.spend(self.size(value)[0] >> 2)
+            size = self.size(value)[0]
+            self.room(40 * size)  # where it is not found, the error writes it out
+            self.spend(size >> 2)
         return value
 
     def text(self, value: Any) -> str:
@@ -159,9 +165,9 @@ class _Meter:
     def listed(self, value: Any) -> list[Any]:
         """The entries of anything that can be looped over."""
         if hasattr(value, "__len__") and not isinstance(value, LoopContext):
-            self.spend(64 + (72 if isinstance(value, (str, range)) else 8) * len(value))
+            self.spend(64 + (8 if isinstance(value, (list, tuple)) else 72) * len(value))
             return list(value)
-        return [item for item in value if self.spend(16)]
+        return [item for item in value if self.spend(72)]
 
     def short(self, value: Any) -> Any:
         """A number as text, a path of attributes or a date's format: none is long, and the time for each is."""
@@ -186,7 +192,13 @@ class _Operations(_Meter):
         """Those with a space before their names are called by the compiled template itself."""
         ours: dict[str, Callable[..., Any]] = {" joined": lambda values: self.join("", self.texts(values))}
         ours |= {" listed": self.listed, " part": self.part, " plain": self.plain, " plus": self.plus}
-        ours |= {" sought": self.sought, " tick": self.spend, "list": self.listed, "string": self.text}
+        ours |= {
+            " few": self.few,
+            " sought": self.sought,
+            " tick": self.spend,
+            "list": self.listed,
+            "string": self.text,
+        }
         ours |= {name: FILTERS[name] for name in ("abs", "count", "d", "default", "first", "last", "length")}
         ours |= {name: partial(self.method, name) for name in ("capitalize", "lower", "upper")}
         ours |= {name: partial(self.rewritten, name) for name in ("e", "escape", "safe", "title")}
@@ -267,7 +279,7 @@ class _Operations(_Meter):
         other = args[0] if args else kwargs.get("sep")
         if size < SMALL and name not in _GROWING and (other is None or (type(other) is str and len(other) < SMALL)):
             value = method(*args, **kwargs)
-            self.spend(64 + 4 * size + (72 * len(value) if name in _SPLITTING else 0))
+            self.spend(64 + 4 * size + (72 * len(value) if isinstance(value, (list, tuple)) else 0))
             return value
         self.spend(64 + (size >> 4))
         for arg in (*args, *kwargs.values()):
@@ -284,7 +296,7 @@ class _Operations(_Meter):
         else:
             self.room(12 * size)  # in upper case a letter can become three
         value = method(*args, **kwargs)
-        self.spend(72 * len(value) if name in _SPLITTING else 0)
+        self.spend(sys.getsizeof(text) + 72 * len(value) if isinstance(value, (list, tuple)) else 0)
         return self.keep(value)
 
     def method(self, name: str, value: Any, *args: Any) -> str:
@@ -519,18 +531,15 @@ class _Rewriter(NodeTransformer):
     def visit_Call(self, node: Any) -> nodes.Node:
         self.generic_visit(node)
         node.dyn_args = node.dyn_args and _filter("listed", node.dyn_args)
-        node.dyn_kwargs = node.dyn_kwargs and _filter("plain", node.dyn_kwargs)
+        node.dyn_kwargs = node.dyn_kwargs and _filter("few", node.dyn_kwargs)
         return node
 
     def visit_Block(self, node: nodes.Node) -> nodes.Node:
         raise TemplateSyntaxError(f"a chat template cannot use {type(node).__name__.lower()}", node.lineno)
 
-    visit_CallBlock, visit_FilterBlock, visit_Filter, visit_Test = (
-        visit_Macro,
-        visit_AssignBlock,
-        visit_Call,
-        visit_Call,
-    )
+    visit_CallBlock = visit_Macro
+    visit_FilterBlock = visit_AssignBlock
+    visit_Filter = visit_Test = visit_Call
     visit_Extends = visit_Include = visit_Import = visit_FromImport = visit_ScopedEvalContextModifier = visit_Block
 
 
@@ -582,7 +591,7 @@ class _Environment(ImmutableSandboxedEnvironment):
 
     def _strftime(self, form: str) -> str:
         date = self.date or Date.today()
-        return datetime(date.year, date.month, date.day).strftime(self.meter.short(form))
+        return self.meter.keep(datetime(date.year, date.month, date.day).strftime(self.meter.short(form)))
 
     def _printed(self, value: Any) -> Any:
         return value if type(value) is str else self.meter.text(value)
@@ -606,6 +615,7 @@ class _Environment(ImmutableSandboxedEnvironment):
         if attribute in _METHODS[dict if kind is dict else str]:
             return getattr(obj, attribute)
         if kind is str and attribute == "format":
+            self.meter.spend(400)
             return _Formatter(self, obj)
         known = hasattr(obj, attribute)
         return self.unsafe_undefined(obj, attribute) if known else self.undefined(obj=obj, name=attribute)

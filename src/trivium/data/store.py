@@ -53,12 +53,14 @@ def encode_part(made: Made, file: int) -> bytes:
         "longest": [max(len(s.tokens) for s in some) for some in sequences],
         "trained": [e.trained_tokens for e in made.examples],
     }
+    tokens = [s.tokens for some in sequences for s in some]
+    each = np.array([len(some) for some in sequences], np.int64)
     columns = {name: pa.array(np.array(numbers[name], dtype)) for name, dtype in COLUMNS.items()}
     columns |= {
         "bytes": pa.array(np.array([e.text_bytes for e in made.examples], np.int64)),
-        "tokens": _lists([np.concatenate([s.tokens for s in some]) for some in sequences]),
-        "lengths": _lists([np.array([len(s.tokens) for s in some]) for some in sequences]),
-        "spans": _lists([_spans(np.concatenate([s.weights for s in some])) for some in sequences]),
+        "tokens": _lists(np.array(numbers["total"], np.int64), tokens),
+        "lengths": _lists(each, [np.array([len(t) for t in tokens])]),
+        "spans": _spans(np.array(numbers["total"], np.int64), [s.weights for some in sequences for s in some]),
     }
     batch = pa.record_batch(columns)
     sink = pa.BufferOutputStream()
@@ -67,18 +69,26 @@ def encode_part(made: Made, file: int) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _lists(values: list[np.ndarray]) -> pa.Array:
+def _lists(lengths: np.ndarray, values: list[np.ndarray]) -> pa.Array:
+    """A column of lists of these lengths, their values one after the other."""
     import pyarrow as pa
 
-    ends = np.cumsum([0, *(len(v) for v in values)])
-    flat = np.concatenate(values).astype(np.int32) if values else np.empty(0, np.int32)
+    ends = np.concatenate([[0], np.cumsum(lengths)])
+    flat = np.concatenate(values).astype(np.int32, copy=False) if values else np.empty(0, np.int32)
     return pa.LargeListArray.from_arrays(pa.array(ends.astype(np.int64)), pa.array(flat))
 
 
-def _spans(weights: np.ndarray) -> np.ndarray:
-    """Where a row of zeros and ones turns: starts and ends of its ones."""
-    padded = np.concatenate([[0], weights != 0, [0]])
-    return np.flatnonzero(np.diff(padded)).astype(np.int32)
+def _spans(lengths: np.ndarray, weights: list[np.ndarray]) -> pa.Array:
+    """For each example of so many tokens, where its weights turn: starts and ends of their ones.
+
+    Every sequence's first weight is 0, so that no run of ones goes from one to the next."""
+    flat = np.concatenate([*weights, np.zeros(1, np.float32)]) != 0
+    starts = np.flatnonzero(flat[1:] & ~flat[:-1]) + 1
+    ends = np.flatnonzero(~flat[1:] & flat[:-1]) + 1
+    begins = np.concatenate([[0], np.cumsum(lengths)])
+    owner = np.searchsorted(begins, starts, "right") - 1
+    turns = np.stack([starts - begins[owner], ends - begins[owner]], 1).reshape(-1)
+    return _lists(2 * np.bincount(owner, minlength=len(lengths)), [turns])
 
 
 @dataclass(frozen=True, eq=False)

@@ -140,8 +140,7 @@ def _with_generation_prompt(template: ChatTemplate) -> ChatTemplate:
 def _next_turn(template: ChatTemplate, text: str) -> tuple[int, str] | None:
     """The control token, and its text, with which the turn after an answer begins."""
     longer = template.render([*_PROBE, *_PROBE])
-    tokens = template.tokenize([longer])[0]
-    for token, start, end in zip(tokens.ids.tolist(), tokens.start.tolist(), tokens.end.tolist(), strict=True):
+    for token, start, end in template.encoder.placed_tokens(longer):
         if start == len(text) and token in template.encoder.added and longer.startswith(text):
             return token, longer[start:end]
     return None
@@ -155,9 +154,8 @@ def _with_ending(template: ChatTemplate, bos_id: int | None) -> ChatTemplate:
     header = text[len(asked) : at] if text.startswith(asked) else ""
     at += len(_ANSWER)
     encoder = template.encoder
-    tokens = template.tokenize([text])[0]
     stop_id, stop_at = -1, at
-    for token, start, end in zip(tokens.ids.tolist(), tokens.start.tolist(), tokens.end.tolist(), strict=True):
+    for token, start, end in encoder.placed_tokens(text):
         if start < at or token not in encoder.added:
             continue
         beside = stop_id >= 0 and start == stop_at and token != bos_id

@@ -9,6 +9,7 @@ its input does, so none outlives the run that started it. Nothing of the run's o
 from __future__ import annotations
 
 import contextlib
+import gc
 import json
 import os
 import queue
@@ -47,8 +48,14 @@ Part = tuple[dict[str, Any], bytes]  # the account of the rows, and the Arrow fi
 def part_of(maker: Maker, job: Job) -> Part:
     """Make the examples of a block. The account: rows read, what is counted, and every row that is not used, as
     (line, reason, tokens if over-long, row); and what the bytes must be."""
-    made = maker.make(job.block.rows(job.name), dict(job.fields))
-    data = encode_part(made, job.file)
+    collects = gc.isenabled()
+    gc.disable()  # a block makes a million things, none of them in a circle, and looking for circles takes a third
+    try:
+        made = maker.make(job.block.rows(job.name), dict(job.fields))
+        data = encode_part(made, job.file)
+    finally:
+        if collects:
+            gc.enable()
     too_long = f"tokens, more than {maker.spec.limit}"
     bad: list[tuple[int, str, int | None, str]] = [(line, why, None, row) for line, why, row in made.set_aside]
     bad += [(line, f"over-long: {tokens} {too_long}", tokens, row) for line, tokens, row in made.over_long]
