@@ -2,10 +2,10 @@
 
     python benchmarks/preparation.py [--rows 40000] [--runs 3] [--model DIR] [--data FILES...]
 
-Both start from one JSON-lines file and end with ids and the mask of trained tokens of every row on disk. The other side is
-at its best: batched, one process per core, a chat template with generation markers, so that its mask is right. Sides take
-turns; each run is a process of its own with an empty cache, and its clock starts after the imports. What is told is the
-median of the ratios, and that both made the same number of tokens and of trained tokens.
+Both start from one JSON-lines file and end with ids and the mask of trained tokens of every row on disk. The other side
+is at its best: batched, one process per core, a chat template with generation markers, so that its mask is right. Sides
+take turns; each run is a process of its own with an empty cache, and its clock starts after the imports. What is told is
+the median of the ratios, and that both made the same number of tokens and of trained tokens.
 """
 
 from __future__ import annotations
