@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivium.data.loader import Batching, RunOrder, pack, permutation
+from trivium.data.loader import Batching, RunOrder, apportioned, pack, permutation
 from trivium.errors import DataError
 
 SIZES = st.lists(st.integers(0, 50), min_size=1, max_size=40)
@@ -138,3 +138,43 @@ def test_packing_and_micro_batches_do_not_change_what_a_step_takes():
 def test_nothing_to_train_on():
     with pytest.raises(DataError, match="nothing to train on"):
         RunOrder([], Batching(seed=0, micro_batch_tokens=1, batch_size=1, epochs=1))
+
+
+MIXES = st.lists(st.tuples(st.integers(1, 12), st.floats(0.1, 10)), min_size=2, max_size=4)
+
+
+@given(mix=MIXES, seed=st.integers(0, 9), epochs=st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_a_mix_gives_each_source_its_share(mix, seed, epochs):
+    count = sum(n for n, _ in mix)
+    order = RunOrder([1] * count, Batching(seed, 100, batch_size=1, epochs=epochs), mix)
+    seen = Counter(i for step in steps(order) for i in step)
+    assert sum(seen.values()) == epochs * count
+    shares = apportioned([weight for _, weight in mix], count)
+    first = 0
+    for (own, weight), share in zip(mix, shares, strict=True):
+        of_it = [seen[i] for i in range(first, first + own)]
+        assert sum(of_it) == epochs * share
+        assert abs(share - weight / sum(w for _, w in mix) * count) < 1
+        assert max(of_it) - min(of_it) <= 1  # no row again before all have been seen
+        first += own
+    assert order.used().tolist() == sorted(seen)
+    again = RunOrder([1] * count, Batching(seed, 100, batch_size=1, epochs=epochs), mix)
+    assert steps(again) == steps(order)
+
+
+def test_a_mix_without_weights_is_all_rows_once():
+    batching = Batching(1, 100, batch_size=2, epochs=1)
+    assert steps(RunOrder([1] * 6, batching, [(4, None), (2, None)])) == steps(RunOrder([1] * 6, batching))
+
+
+def test_a_source_without_rows_cannot_be_mixed_in():
+    with pytest.raises(DataError, match="no usable row"):
+        RunOrder([1, 1], Batching(1, 100, batch_size=2, epochs=1), [(2, 1.0), (0, 1.0)])
+
+
+@given(st.lists(st.floats(0.01, 100), min_size=1, max_size=6), st.integers(0, 1000))
+def test_apportioned_shares_sum_up(weights, count):
+    shares = apportioned(weights, count)
+    assert sum(shares) == count
+    assert all(abs(s - w / sum(weights) * count) < 1 for s, w in zip(shares, weights, strict=True))

@@ -18,6 +18,7 @@ import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -37,15 +38,9 @@ Turns = dict[int, tuple[str, int, int]]  # by message: the rendering that ends w
 DAY = datetime.date(2026, 1, 2)  # what templates that ask for the date are told
 
 
-def found() -> dict[str, Path]:
-    """Template files by name; those of trl as ``trl/name``."""
-    ours = {path.stem: path for path in sorted((Path(__file__).parent / "templates").glob("*.jinja"))}
-    trl = importlib.util.find_spec("trl")
-    folder = Path(trl.origin).parent / "chat_templates" if trl and trl.origin else Path("none")
-    return ours | {f"trl/{path.stem}": path for path in sorted(folder.glob("*.jinja"))}
-
-
-PATHS = found()
+TRL = importlib.util.find_spec("trl")
+FOLDERS = {"": Path(__file__).parent / "templates", "trl/": Path(str(TRL and TRL.origin)).parent / "chat_templates"}
+PATHS = {at + path.stem: path for at, folder in FOLDERS.items() for path in sorted(folder.glob("*.jinja"))}
 
 # --- what is known of the families: the first pattern that is found in a name counts
 
@@ -97,33 +92,22 @@ def called(said: str, call: str) -> str:
 def qwen3(said: str, thought: str, call: str) -> str:
     if not thought and "</think>" in said:
         thought, said = said.removeprefix("<think>").split("</think>")
-    return "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + said.lstrip("\n") + called(said, call) + "<|im_end|>"
+    return "<think>\n" + thought.strip("\n") + "\n</think>\n\n" + said.lstrip("\n") + called(said, call)
 
 
-def mistral(said: str, thought: str, call: str) -> str:
-    return f'[TOOL_CALLS] [{call[:-1]}, "id": "call00001"}}]</s>' if call else f" {said.strip()}</s>"
-
-
-def gpt_oss(said: str, thought: str, call: str) -> str:
-    analysis = f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant" if thought else ""
-    return f"{analysis}<|channel|>final<|message|>{said}<|return|>"
-
-
-# An answer's text, its reasoning and its call as JSON, as they are trained in our own fixtures.
+# What our own fixtures make of an answer's text, its reasoning and its call as JSON, up to the stop token.
 BY_HAND: dict[str, Callable[[str, str, str], str]] = {
-    "alpaca": lambda said, *_: said + "</s>",
-    "chatml": lambda said, *_: said + "<|im_end|>",
-    "deepseek_r1": lambda said, *_: said.removeprefix("<think>\n") + "<｜end▁of▁sentence｜>",
-    "gemma": lambda said, *_: said.strip() + "<end_of_turn>",
-    "gpt_oss": gpt_oss,
-    "hermes_tools": lambda said, _, call: said + called(said, call) + "<|im_end|>",
-    "llama2": lambda said, *_: " " + said.strip() + " </s>",
-    "llama3": lambda said, *_: said.strip() + "<|eot_id|>",
-    "mistral": mistral,
-    "phi3": lambda said, *_: said + "<|end|>",
-    "phi4": lambda said, *_: said + "<|im_end|>",
+    **dict.fromkeys(("alpaca", "chatml", "phi3", "phi4", "zephyr"), lambda said, *_: said),
+    **dict.fromkeys(("gemma", "llama3"), lambda said, *_: said.strip()),
+    "deepseek_r1": lambda said, *_: said.removeprefix("<think>\n"),
+    "hermes_tools": lambda said, _, call: said + called(said, call),
+    "llama2": lambda said, *_: f" {said.strip()} ",
+    "gpt_oss": lambda said, thought, _: (
+        f"<|channel|>analysis<|message|>{thought}<|end|><|start|>assistant" * bool(thought)
+        + f"<|channel|>final<|message|>{said}"
+    ),
+    "mistral": lambda said, _, call: f'[TOOL_CALLS] [{call[:-1]}, "id": "call00001"}}]' if call else f" {said.strip()}",
     "qwen3": qwen3,
-    "zephyr": lambda said, *_: said + "</s>",
 }
 
 
@@ -163,6 +147,7 @@ class Case:
     tokenizer: PreTrainedTokenizerFast
     template: ChatTemplate
     adds_bos: bool
+    stop: str
 
     def apply(self, messages: Messages, tools: Any = None, **options: Any) -> Any:
         """Text, or tokens with the one BOS that the tokenizer adds in front, which transformers leaves out."""
@@ -186,7 +171,6 @@ class Case:
 
     def turn(self, messages: Messages, i: int, tools: Any) -> tuple[str, int, int]:
         """Assistant turn ``i``: the rendering that ends with it, its start there, and its end, -1 without a stop."""
-        stop = known(STOPS, self.name) or self.template.stop_text  # a family that is newer than the table
         text = self.shown(messages[: i + 1], tools) + (known(LACKS, self.name) or "")
         prompt = self.shown(messages[:i], tools, ask=True)
         start = len(prompt)
@@ -197,31 +181,31 @@ class Case:
             before = self.shown(messages[:i], tools) + header
             assert prompt.startswith(before.removesuffix("<think></think>") + opened)
             if (said := messages[i]["content"]).startswith(opened):
-                text = prompt + said.removeprefix(opened) + stop
+                text = prompt + said.removeprefix(opened) + self.stop
             else:
                 assert text.startswith(before)
                 start = len(before)
-        end = text.rfind(stop, start)
-        return text, start, end + len(stop) if end >= 0 else -1
+        end = text.rfind(self.stop, start)
+        return text, start, end + len(self.stop) if end >= 0 else -1
 
 
 @functools.cache
-def case(name: str, adds_bos: bool = False) -> Case:
+def case(name: str, adds_bos: bool) -> Case:
     tokenizer = byte_tokenizer(name, PATHS[name].read_text(encoding="utf-8"), adds_bos)
-    return Case(name, tokenizer, chat_template(tokenizer, DAY), adds_bos)
+    template = chat_template(tokenizer, DAY)
+    return Case(name, tokenizer, template, adds_bos, known(STOPS, name) or template.stop_text)  # of a newer family
+
+
+def ways(name: str) -> list[bool]:
+    """Whether the tokenizer adds a BOS by itself: for those of trl one way, as a case takes longer than its tests."""
+    return [len(name) % 2 > 0] if "/" in name else [False, True]
 
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_day() -> Iterator[None]:
     """transformers takes the date from the clock."""
-
-    class Day(datetime.datetime):
-        @classmethod
-        def now(cls, tz: Any = None) -> Day:
-            return cls(DAY.year, DAY.month, DAY.day)
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(chat_template_utils, "datetime", Day)
+        patch.setattr(chat_template_utils, "datetime", SimpleNamespace(now=lambda: DAY))
         yield
 
 
@@ -290,21 +274,17 @@ def pieces(message: dict[str, Any]) -> list[str]:
 def refusal(case: Case, messages: Messages, tools: Any, turns: Turns) -> str:
     """Why a conversation is no row for this template; "" where it is one."""
     for i, (text, start, end) in turns.items():
-        if any(piece not in text[start:] for piece in pieces(messages[i])):
+        if any(piece not in text[start:] for piece in pieces(messages[i])) or (tools and "z·tools" not in text):
             return "leaves out|does not print" + "|ambiguous" * bool(re.search(AMBIGUOUS, case.name))
         if end < 0:
             assert calls(messages[i])
             assert re.search(CALLS_END_OTHERWISE, case.name)
             return "does not end with the stop token"
-        if tools and "z·tools" not in text:
-            return "does not print"
     return ""
 
 
-def check(
-    case: Case, messages: Messages, tools: Any, wanted: list[int], train_on: Any = "assistant", evil: bool = False
-) -> Any:
-    """The last sequence of those in which messages ``wanted`` are trained, all checked; None for a refused row.
+def check(case: Case, messages: Messages, tools: Any, wanted: list[int], train_on: Any, evil: bool = False) -> Any:
+    """The last of the sequences in which messages ``wanted`` are trained, all of them checked; None for a refused row.
 
     ``evil``: control tokens are written out in the messages.
     """
@@ -337,9 +317,9 @@ def check_sequence(case: Case, messages: Messages, tools: Any, turns: Turns, seq
         assert all(piece in trained for piece in pieces(messages[i]))
         others = "".join(m["content"] for n, m in enumerate(messages) if n != i)
         assert not any(marker in trained for marker in MARKER.findall(others))
-        if case.name in BY_HAND:
-            call = "".join(json.dumps(call, ensure_ascii=False) for call in calls(messages[i]))
-            assert trained == BY_HAND[case.name](messages[i]["content"], messages[i].get("reasoning_content", ""), call)
+        if by_hand := BY_HAND.get(case.name):
+            said, call = messages[i], "".join(json.dumps(call, ensure_ascii=False) for call in calls(messages[i]))
+            assert trained == by_hand(said["content"], said.get("reasoning_content", ""), call) + case.stop
         assert ids[after - 1] == template.stop_id
         if i == last:
             goes_on = text.startswith(case.shown(messages[:i], tools, ask=True))
@@ -353,17 +333,17 @@ MANY = settings(deadline=None, max_examples=8, suppress_health_check=list(Health
 
 @pytest.mark.parametrize("name", PATHS)
 def test_exactly_the_answers_and_their_stop_tokens_are_trained(name: str) -> None:
-    @given(row=conversations(name), adds_bos=st.booleans())
+    @given(row=conversations(name), adds_bos=st.sampled_from(ways(name)))
     @MANY
     def run(row: tuple[Messages, Any], adds_bos: bool) -> None:
-        check(case(name, adds_bos), *row, answers(row[0]))
+        check(case(name, adds_bos), *row, answers(row[0]), "assistant")
 
     run()
 
 
 @pytest.mark.parametrize("name", PATHS)
 def test_which_turns_are_trained(name: str) -> None:
-    made = case(name)
+    made = case(name, ways(name)[0])
 
     @given(flags=st.lists(st.sampled_from([None, False, True]), min_size=1, max_size=4), text=TEXT)
     @settings(MANY, max_examples=3)
@@ -386,7 +366,7 @@ def test_which_turns_are_trained(name: str) -> None:
 
 @pytest.mark.parametrize("name", PATHS)
 def test_what_looks_like_a_control_token_stays_text(name: str) -> None:
-    made = case(name)
+    made = case(name, ways(name)[0])
     special = st.sampled_from([token for token in made.tokenizer.all_special_tokens if token not in SEARCHED])
 
     @given(row=conversations(name), spices=st.lists(special, min_size=1, max_size=3), at=st.integers(0, 20))

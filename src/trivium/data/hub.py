@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from trivium.errors import DataError
 
 PREFIX = "hf://"
+_SPLIT = re.compile(r"(^|/)(train|validation|valid|dev|test|eval)[-_./][^/]*(?:/.*)?$")
 
 
 def local(place: str) -> Path:
@@ -30,4 +32,18 @@ def local(place: str) -> Path:
         raise DataError(
             f"{place}: the hub did not give it ({reason})", "check the name and the network, or give a local path"
         ) from None
-    return root / path if path else root
+    return root / path if path else _one_split(root, place)
+
+
+def _one_split(root: Path, place: str) -> Path:
+    """A whole repository, unless it has several splits: rows to be tested on would be trained on without a word."""
+    names = sorted(p.relative_to(root).as_posix() for p in root.rglob("*") if p.is_file())
+    found = {}
+    for name in names:
+        if match := _SPLIT.search(name):
+            folder = name[match.end(2)] == "/"
+            found[match[2]] = f"{name[: match.end(2)]}{'' if folder else '*'}"
+    if len(found) > 1:
+        ways = " or ".join(f"{place.rstrip('/')}/{glob}" for glob in found.values())
+        raise DataError(f"{place}: it has the splits {', '.join(found)}", f"name one: {ways}")
+    return root
