@@ -14,6 +14,7 @@ import argparse
 import gzip
 import json
 import os
+import resource
 import statistics
 import subprocess
 import sys
@@ -86,8 +87,11 @@ def one(side: str, folder: Path, file: Path) -> dict[str, Any]:
         environment = os.environ | {"TRIVIUM_CACHE": cache, "HF_DATASETS_CACHE": cache, "HF_HUB_OFFLINE": "1",
                                     "TOKENIZERS_PARALLELISM": "true" if side == "ours" else "false"}  # fmt: skip
         command = [sys.executable, __file__, "--side", side, "--model", str(folder), "--data", str(file)]
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
-        return dict(json.loads(done.stdout.splitlines()[-1]))
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        found = dict(json.loads(done.stdout.splitlines()[-1]))
+        return found | {"cpu": after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime}
 
 
 def made_tokenizer(folder: Path, texts: list[str]) -> Path:
@@ -123,7 +127,9 @@ def main() -> None:
             assert len({(f["tokens"], f["trained"]) for f in found.values()}) == 1, f"not the same work: {found}"
             ratios.append(found["theirs"]["seconds"] / found["ours"]["seconds"])
             tokens = found["ours"]["tokens"]
-            told = ", ".join(f"{side} {f['seconds']:.1f} s" for side, f in found.items())
+            told = ", ".join(
+                f"{side} {f['seconds']:.1f} s ({f['cpu']:.1f} s of cores in all)" for side, f in found.items()
+            )
             print(f"{given.rows:,} rows, {size:.0f} MB, {tokens:,} tokens: {told}, ratio {ratios[-1]:.2f}", flush=True)
         print(f"median ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 

@@ -27,7 +27,8 @@ ROW = 500  # new words that are tokenised in a row
 WORDS = 500_000  # that are remembered; then all are forgotten
 COMPARED = 8  # texts of a batch that are compared
 _CUT = re.compile(r"(?<=\S)(?= )")
-_ODD = re.compile(r"\s ")  # a space that follows white space is no cut
+_ODD = re.compile(r"\s |\0")  # a space that follows white space is no cut
+_ASCII_ODD = ("  ", "\n ", "\t ", "\r ", "\v ", "\f ", "\x1c ", "\x1d ", "\x1e ", "\x1f ", "\0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,8 +65,8 @@ class Words:
 
     @cached_property
     def _ends(self) -> tuple[list[int], list[int]]:
-        """Where each word ends: in characters, in tokens."""
-        return list(accumulate(map(len, self.words))), [n // 4 for n in accumulate(map(len, self.pieces))]
+        """Where each word ends: in characters, in bytes of tokens."""
+        return list(accumulate(map(len, self.words))), list(accumulate(map(len, self.pieces)))
 
     def between(self, a: int, b: int) -> tuple[int, int, bool]:
         i, before = self._token_at(a)
@@ -77,9 +78,8 @@ class Words:
         chars, tokens = self._ends
         n = bisect_right(chars, place)
         if n == len(chars):
-            return (tokens[-1] if tokens else 0), False
-        start = chars[n - 1] if n else 0
-        first = tokens[n - 1] if n else 0
+            return len(self.ids), False
+        start, first = (chars[n - 1], tokens[n - 1] // 4) if n else (0, 0)
         if place == start:
             return first, False
         inside = self.memo.inside(self.words[n])
@@ -88,8 +88,8 @@ class Words:
 
     def end_of(self, i: int) -> int:
         chars, tokens = self._ends
-        n = bisect_right(tokens, i)
-        start, first = (chars[n - 1], tokens[n - 1]) if n else (0, 0)
+        n = bisect_right(tokens, 4 * i)
+        start, first = (chars[n - 1], tokens[n - 1] // 4) if n else (0, 0)
         return start + self.memo.inside(self.words[n]).end_of(i - first)
 
 
@@ -112,8 +112,11 @@ class Memo:
         if len(self.known) > WORDS:
             self.known, self._inside = {}, {}
         cut = [self._words(text) for text in texts]
-        self._learn(set(chain.from_iterable(cut)).difference(self.known))
-        pieces = [list(map(self.known.__getitem__, words)) for words in cut]
+        tokens_of = self.known.get
+        pieces = [list(map(tokens_of, words)) for words in cut]
+        if new := [words for words, some in zip(cut, pieces, strict=True) if None in some]:
+            self._learn(set(chain.from_iterable(new)).difference(self.known))
+            pieces = [list(map(self.known.__getitem__, words)) for words in cut]
         found = [np.frombuffer(b"".join(some), np.int32) for some in pieces]
         step = max(1, len(texts) // COMPARED)
         said = self.backend.encode_batch(list(texts[::step]), add_special_tokens=False)
@@ -160,10 +163,13 @@ class Memo:
 
 def _cut(text: str) -> list[str]:
     """A text's words, each with the white space before it."""
-    if _ODD.search(text) or text[0] == " ":
+    if text.isascii():
+        odd = any(pair in text for pair in _ASCII_ODD)
+    else:
+        odd = _ODD.search(text) is not None
+    if odd or text[0] == " ":
         return _CUT.split(text)
-    first, *others = text.split(" ")
-    return [first, *[" " + word for word in others]]
+    return text.replace(" ", "\0 ").split("\0")
 
 
 def can_be_cut(backend: Tokenizer) -> bool:

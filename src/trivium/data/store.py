@@ -43,24 +43,31 @@ def encode_part(made: Made, file: int) -> bytes:
     import pyarrow as pa
 
     sequences = [e.sequences for e in made.examples]
-    numbers: dict[str, list[Any]] = {
+    total = np.array([sum(len(s.tokens) for s in some) for some in sequences], np.int64)
+    weights = np.concatenate([*(s.weights for some in sequences for s in some), np.zeros(1, np.float32)]) != 0
+    owner, turns = _turns(total, weights)
+    trained = np.bincount(owner, turns[:, 1] - turns[:, 0], len(sequences)).astype(np.int64)
+    # a lone sequence is read up to before its last trained token
+    reads = np.zeros(len(sequences), np.int64)
+    np.maximum.at(reads, owner, turns[:, 1] - 1)
+    numbers: dict[str, Any] = {
         "digest": made.digests,
         "first": made.firsts,
         "line": made.lines,
         "file": [file] * len(sequences),
-        "size": [e.tokens for e in made.examples],
-        "total": [sum(len(s.tokens) for s in some) for some in sequences],
+        "size": [int(reads[n]) if len(e.sequences) == 1 else e.tokens for n, e in enumerate(made.examples)],
+        "total": total,
         "longest": [max(len(s.tokens) for s in some) for some in sequences],
-        "trained": [e.trained_tokens for e in made.examples],
+        "trained": trained,
     }
     tokens = [s.tokens for some in sequences for s in some]
     each = np.array([len(some) for some in sequences], np.int64)
     columns = {name: pa.array(np.array(numbers[name], dtype)) for name, dtype in COLUMNS.items()}
     columns |= {
         "bytes": pa.array(np.array([e.text_bytes for e in made.examples], np.int64)),
-        "tokens": _lists(np.array(numbers["total"], np.int64), tokens),
+        "tokens": _lists(total, tokens),
         "lengths": _lists(each, [np.array([len(t) for t in tokens])]),
-        "spans": _spans(np.array(numbers["total"], np.int64), [s.weights for some in sequences for s in some]),
+        "spans": _lists(2 * np.bincount(owner, minlength=len(sequences)), [turns.reshape(-1)]),
     }
     batch = pa.record_batch(columns)
     sink = pa.BufferOutputStream()
@@ -78,17 +85,16 @@ def _lists(lengths: np.ndarray, values: list[np.ndarray]) -> pa.Array:
     return pa.LargeListArray.from_arrays(pa.array(ends.astype(np.int64)), pa.array(flat))
 
 
-def _spans(lengths: np.ndarray, weights: list[np.ndarray]) -> pa.Array:
-    """For each example of so many tokens, where its weights turn: starts and ends of their ones.
+def _turns(lengths: np.ndarray, trained: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Of examples of so many tokens in a row, and whether each token is trained (one more at the end, that is not):
+    the example of every trained span ``[S]``, and where in it the span starts and ends ``[S, 2]``.
 
-    Every sequence's first weight is 0, so that no run of ones goes from one to the next."""
-    flat = np.concatenate([*weights, np.zeros(1, np.float32)]) != 0
-    starts = np.flatnonzero(flat[1:] & ~flat[:-1]) + 1
-    ends = np.flatnonzero(~flat[1:] & flat[:-1]) + 1
+    Every sequence's first token is not trained, so that no span goes from one to the next."""
+    starts = np.flatnonzero(trained[1:] & ~trained[:-1]) + 1
+    ends = np.flatnonzero(~trained[1:] & trained[:-1]) + 1
     begins = np.concatenate([[0], np.cumsum(lengths)])
     owner = np.searchsorted(begins, starts, "right") - 1
-    turns = np.stack([starts - begins[owner], ends - begins[owner]], 1).reshape(-1)
-    return _lists(2 * np.bincount(owner, minlength=len(lengths)), [turns])
+    return owner, np.stack([starts - begins[owner], ends - begins[owner]], 1)
 
 
 @dataclass(frozen=True, eq=False)
