@@ -2,10 +2,11 @@
 
     python benchmarks/preparation.py [--rows 40000] [--runs 3] [--model DIR] [--data FILES...]
 
-Both start from one JSON-lines file and end with ids and the mask of trained tokens of every row on disk. The other side
-is at its best: batched, one process per core, a chat template with generation markers, so that its mask is right. Sides
-take turns; each run is a process of its own with an empty cache, and its clock starts after the imports. What is told is
-the median of the ratios, and that both made the same number of tokens and of trained tokens.
+All start from one JSON-lines file and end with ids and the mask of trained tokens of every row on disk. `datasets` does
+it row by row in one process (as TRL's trainers call it when nothing is said), row by row on all cores, and at its best:
+batched, on all cores; its chat template has generation markers, so that its mask is right. Sides take turns; each run
+is a process of its own with an empty cache, and its clock starts after the imports. What is told are the medians of the
+ratios, and that all made the same number of tokens and of trained tokens.
 """
 
 from __future__ import annotations
@@ -27,6 +28,9 @@ from typing import Any
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
 DATA = [SHARED / "sft" / name for name in ("dolly2k.jsonl.gz", "gsm8k_train.jsonl.gz", "instruct1100_sft.jsonl.gz")]
+
+
+SIDES = ("ours", "datasets, batched, all cores", "datasets, row by row, all cores", "datasets, row by row")
 
 
 def rows_of(files: Sequence[Path], count: int) -> list[dict[str, Any]]:
@@ -59,8 +63,8 @@ def ours(folder: Path, file: Path) -> tuple[float, int, int]:
     return time.perf_counter() - started, done.ledger.tokens, done.ledger.trained_tokens
 
 
-def theirs(folder: Path, file: Path) -> tuple[float, int, int]:
-    """The same by `datasets`."""
+def theirs(folder: Path, file: Path, side: str) -> tuple[float, int, int]:
+    """The same by `datasets`; an "input_ids" of one row or of many come in the same form."""
     from datasets import load_dataset
 
     tokenizer = tokenizer_at(folder)
@@ -71,8 +75,8 @@ def theirs(folder: Path, file: Path) -> tuple[float, int, int]:
 
     started = time.perf_counter()
     rows = load_dataset("json", data_files=str(file), split="train", cache_dir=os.environ["HF_DATASETS_CACHE"])
-    cores = len(os.sched_getaffinity(0))
-    done = rows.map(encode, batched=True, num_proc=cores, remove_columns=rows.column_names)
+    cores = len(os.sched_getaffinity(0)) if "cores" in side else None
+    done = rows.map(encode, batched="batched" in side, num_proc=cores, remove_columns=rows.column_names)
     seconds = time.perf_counter() - started
     import pyarrow.compute as pc
 
@@ -108,10 +112,11 @@ def main() -> None:
     ask.add_argument("--runs", type=int, default=3)
     ask.add_argument("--model", type=Path)
     ask.add_argument("--data", type=Path, nargs="+", default=DATA)
-    ask.add_argument("--side", choices=("ours", "theirs"), help=argparse.SUPPRESS)
+    ask.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
     given = ask.parse_args()
     if given.side:
-        seconds, tokens, trained = (ours if given.side == "ours" else theirs)(given.model, given.data[0])
+        where = given.model, given.data[0]
+        seconds, tokens, trained = ours(*where) if given.side == "ours" else theirs(*where, given.side)
         print(json.dumps({"seconds": seconds, "tokens": tokens, "trained": trained}))
         return
     with tempfile.TemporaryDirectory() as folder:
@@ -121,17 +126,23 @@ def main() -> None:
         texts = [m["content"] for row in rows[:4000] for m in row["messages"]]
         model = given.model or made_tokenizer(Path(folder) / "tokenizer", texts)
         size = file.stat().st_size / 1e6
-        ratios = []
+        print(f"{given.rows:,} rows, {size:.0f} MB", flush=True)
+        ratios: dict[str, list[float]] = {side: [] for side in SIDES[1:]}
         for n in range(given.runs):
-            found = {side: one(side, model, file) for side in (("ours", "theirs") if n % 2 else ("theirs", "ours"))}
+            found = {side: one(side, model, file) for side in (SIDES if n % 2 else SIDES[::-1])}
             assert len({(f["tokens"], f["trained"]) for f in found.values()}) == 1, f"not the same work: {found}"
-            ratios.append(found["theirs"]["seconds"] / found["ours"]["seconds"])
-            tokens = found["ours"]["tokens"]
-            told = ", ".join(
-                f"{side} {f['seconds']:.1f} s ({f['cpu']:.1f} s of cores in all)" for side, f in found.items()
+            for side in SIDES:
+                f = found[side]
+                rate = f["tokens"] / f["seconds"]
+                print(
+                    f"  {side:32} {f['seconds']:6.1f} s, {rate:9,.0f} tokens/s, {f['cpu']:6.1f} s of cores", flush=True
+                )
+            for side, of_it in ratios.items():
+                of_it.append(found[side]["seconds"] / found["ours"]["seconds"])
+        for side, of_it in ratios.items():
+            print(
+                f"ours is {statistics.median(of_it):.2f} times as fast as {side} ({min(of_it):.2f} to {max(of_it):.2f})"
             )
-            print(f"{given.rows:,} rows, {size:.0f} MB, {tokens:,} tokens: {told}, ratio {ratios[-1]:.2f}", flush=True)
-        print(f"median ratio {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f})")
 
 
 if __name__ == "__main__":

@@ -160,7 +160,11 @@ class ChatTemplate:
 
     def _guarded(self, messages: Sequence[Message]) -> list[Message]:
         """Whatever looks like a control token in a message stays text: else a turn could end early, or be forged."""
-        if any(self.encoder.names_control(text) for m in messages for text in _texts(m)):
+        plain = (m["content"] if len(m) == 2 else None for m in messages)  # role and content, as most are
+        suspect = [
+            m for m, text in zip(messages, plain, strict=True) if text is None or self.encoder.names_control(text)
+        ]
+        if any(self.encoder.names_control(text) for m in suspect for text in _texts(m)):
             if any(GUARD in text for m in messages for text in _texts(m)):
                 raise RowError("holds U+FDD0, which is no character")
             return list(self.encoder.guarded(list(messages)))
@@ -210,8 +214,11 @@ class ChatTemplate:
 
     def _must_hold(self, message: Message, turn: str, i: int) -> None:
         """What a template leaves out of a turn, reasoning above all, would be lost without a word."""
+        said = str(message["content"])
+        if len(message) == 2 and said.strip() in turn:
+            return
         reasoning = next((str(message[f]) for f in REASONING if message.get(f)), "")
-        for piece in (reasoning, *re.split("</?think>", str(message["content"]))):
+        for piece in (reasoning, *re.split("</?think>", said)):
             if piece.strip() and piece.strip() not in turn:
                 raise RowError(f"the chat template leaves out a part of message {i + 1}: {piece.strip()[:40]!r}")
 

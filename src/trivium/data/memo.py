@@ -28,7 +28,7 @@ WORDS = 500_000  # that are remembered; then all are forgotten
 COMPARED = 8  # texts of a batch that are compared
 _CUT = re.compile(r"(?<=\S)(?= )")
 _ODD = re.compile(r"\s |\0")  # a space that follows white space is no cut
-_ASCII_ODD = ("  ", "\n ", "\t ", "\r ", "\v ", "\f ", "\x1c ", "\x1d ", "\x1e ", "\x1f ", "\0")
+_ASCII_ODD = ("\t ", "\r ", "\v ", "\f ", "\x1c ", "\x1d ", "\x1e ", "\x1f ", "\0")
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +82,7 @@ class Words:
         start, first = (chars[n - 1], tokens[n - 1] // 4) if n else (0, 0)
         if place == start:
             return first, False
-        inside = self.memo.inside(self.words[n])
-        i, _, before = inside.between(place - start, place - start + 1)
+        i, before = self.memo.token_at(self.words[n], place - start)
         return first + i, before
 
     def end_of(self, i: int) -> int:
@@ -100,6 +99,7 @@ class Memo:
         self.backend = backend
         self.known: dict[str, bytes] = {}  # a word's tokens, four bytes each
         self._inside: dict[str, Tokens] = {}
+        self._places: dict[tuple[str, int], tuple[int, bool]] = {}
         added = backend.get_added_tokens_decoder().values()
         texts = sorted((t.content for t in added), key=len, reverse=True)
         self.added = re.compile("(" + "|".join(map(re.escape, texts)) + ")") if texts else None
@@ -110,13 +110,11 @@ class Memo:
         if not self.holds:
             return None
         if len(self.known) > WORDS:
-            self.known, self._inside = {}, {}
+            self.known, self._inside, self._places = {}, {}, {}
         cut = [self._words(text) for text in texts]
-        tokens_of = self.known.get
-        pieces = [list(map(tokens_of, words)) for words in cut]
-        if new := [words for words, some in zip(cut, pieces, strict=True) if None in some]:
-            self._learn(set(chain.from_iterable(new)).difference(self.known))
-            pieces = [list(map(self.known.__getitem__, words)) for words in cut]
+        if new := set(chain.from_iterable(cut)).difference(self.known):
+            self._learn(new)
+        pieces = [list(map(self.known.__getitem__, words)) for words in cut]
         found = [np.frombuffer(b"".join(some), np.int32) for some in pieces]
         step = max(1, len(texts) // COMPARED)
         said = self.backend.encode_batch(list(texts[::step]), add_special_tokens=False)
@@ -151,6 +149,14 @@ class Memo:
                 words += _cut(piece)
         return words
 
+    def token_at(self, word: str, place: int) -> tuple[int, bool]:
+        """The token of a word that holds the character at a place, and whether it begins before it."""
+        found = self._places.get((word, place))
+        if found is None:
+            i, _, before = self.inside(word).between(place, place + 1)
+            found = self._places[word, place] = (i, before)
+        return found
+
     def inside(self, word: str) -> Tokens:
         """A word's tokens with their places."""
         found = self._inside.get(word)
@@ -164,7 +170,7 @@ class Memo:
 def _cut(text: str) -> list[str]:
     """A text's words, each with the white space before it."""
     if text.isascii():
-        odd = any(pair in text for pair in _ASCII_ODD)
+        odd = "  " in text or "\n " in text or any(pair in text for pair in _ASCII_ODD)
     else:
         odd = _ODD.search(text) is not None
     if odd or text[0] == " ":
