@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 SHARED = Path(__file__).resolve().parents[2] / "shared" / "data"
-DATA = [SHARED / "sft" / name for name in ("dolly2k.jsonl.gz", "gsm8k_train.jsonl.gz", "instruct1100_sft.jsonl.gz")]
+DATA = sorted((SHARED / "sft").glob("*.jsonl.gz"))
 
 
 SIDES = ("ours", "datasets, batched, all cores", "datasets, row by row, all cores", "datasets, row by row")

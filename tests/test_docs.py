@@ -131,6 +131,7 @@ def test_the_readmes_commands_exist() -> None:
             assert words[1] in targets, line
         elif words[0] == "trivium":
             sub = command.commands[words[1]]  # type: ignore[attr-defined]
+            sub = sub.commands[words[2]] if hasattr(sub, "commands") else sub
             options = {o for p in sub.params for o in [*p.opts, *p.secondary_opts]}
             assert {w.split("=")[0] for w in words[2:] if w.startswith("--")} <= options, line
             assert all((ROOT / w).exists() for w in words if w.startswith("recipes/")), line

@@ -32,7 +32,7 @@ def test_check_finds_formats_and_passes(trivium, tmp_path):
     assert f"messages, for SFT: {chats}" in done.out
     assert f"preference pairs, for preference: {pairs}" in done.out
     assert "3 of 3 rows can be used" in done.out
-    assert "2 rows were there before" in done.out
+    assert "2 rows that stood there before" in done.out
 
 
 def test_check_with_a_model_counts_tokens(trivium, tmp_path, tokenizer):

@@ -75,7 +75,9 @@ OPENS = {
     "qwen3_5_nothink_training": ("<|im_start|>assistant\n", "<think>\n\n</think>\n\n"),
 }
 AMBIGUOUS = "qwen3_5_nothink$"  # as above, but where such a turn begins is not known: rows with reasoning are refused
-LACKS = {"^trl/glm4moe$": "<|user|>"}  # the last turn has no end, and is given the marker of the turn after it
+# The last turn has no end, and is given the marker of a question; also where it calls a tool, though then a tool's
+# result comes next, with a marker of its own.
+LACKS = {"^trl/glm4moe$": "<|user|>"}
 # A turn that calls a tool ends otherwise than one that answers, so that rows with calls are refused: with <|call|>,
 # with <|tool_response>, or with nothing, as not <|user|> but <|observation|> follows.
 CALLS_END_OTHERWISE = "gptoss|gpt_oss|gemma4(?!_v2)|diffusion_gemma|glm4moe_training"
@@ -128,7 +130,8 @@ def byte_tokenizer(name: str, source: str, adds_bos: bool) -> PreTrainedTokenize
     special = sorted({*filter(None, (bos, eos)), *re.findall(CONTROL + brackets, source)})
     vocabulary = sorted(pre_tokenizers.ByteLevel.alphabet()) + [a + b for a, b in MERGES]
     tokenizer = Tokenizer(models.BPE({t: i for i, t in enumerate(vocabulary)}, MERGES))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    # One that cuts text into words, as most do, is read word by word (see trivium.data.memo); the other as a whole.
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=adds_bos)
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_tokens([AddedToken(t, special=True, normalized=False) for t in special])
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in PLAIN if t in source])
@@ -280,21 +283,18 @@ def refusal(case: Case, messages: Messages, tools: Any, turns: Turns) -> str:
             assert calls(messages[i])
             assert re.search(CALLS_END_OTHERWISE, case.name)
             return "does not end with the stop token"
-    return ""
+    return "" if turns else "no assistant turn"
 
 
 def check(case: Case, messages: Messages, tools: Any, wanted: list[int], train_on: Any, evil: bool = False) -> Any:
     """The last of the sequences in which messages ``wanted`` are trained, all of them checked; None for a refused row.
-
-    ``evil``: control tokens are written out in the messages.
-    """
+    ``evil``: control tokens are written out in the messages."""
     turns = {i: case.turn(messages, i, tools) for i in wanted}
     if words := refusal(case, messages, tools, turns):
         with pytest.raises(RowError, match=words):
             case.template.encode(messages, train_on, tools)
         return None
-    sequences = case.template.encode(messages, train_on, tools)
-    whole = turns[wanted[-1]][0]
+    whole, sequences = turns[wanted[-1]][0], case.template.encode(messages, train_on, tools)
     one = all(whole.startswith(text[:end]) for text, _, end in turns.values())  # else earlier turns are rewritten
     for sequence, held in zip(sequences, [wanted] if one else [[i] for i in wanted], strict=True):
         check_sequence(case, messages, tools, {i: turns[i] for i in held}, sequence, evil)
@@ -332,58 +332,45 @@ MANY = settings(deadline=None, max_examples=8, suppress_health_check=list(Health
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_exactly_the_answers_and_their_stop_tokens_are_trained(name: str) -> None:
-    @given(row=conversations(name), adds_bos=st.sampled_from(ways(name)))
-    @MANY
-    def run(row: tuple[Messages, Any], adds_bos: bool) -> None:
-        check(case(name, adds_bos), *row, answers(row[0]), "assistant")
-
-    run()
+@given(data=st.data())
+@MANY
+def test_exactly_the_answers_and_their_stop_tokens_are_trained(name: str, data: st.DataObject) -> None:
+    messages, tools = data.draw(conversations(name))
+    check(case(name, data.draw(st.sampled_from(ways(name)))), messages, tools, answers(messages), "assistant")
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_which_turns_are_trained(name: str) -> None:
+@given(flags=st.lists(st.sampled_from([None, False, True]), min_size=1, max_size=4), text=TEXT)
+@settings(MANY, max_examples=3)
+def test_which_turns_are_trained(name: str, flags: list[bool | None], text: str) -> None:
     made = case(name, ways(name)[0])
-
-    @given(flags=st.lists(st.sampled_from([None, False, True]), min_size=1, max_size=4), text=TEXT)
-    @settings(MANY, max_examples=3)
-    def run(flags: list[bool | None], text: str) -> None:
-        bare = [{"role": r, "content": f"z{n}{r}·{text}"} for n in range(len(flags)) for r in ("user", "assistant")]
-        says = {i: flag for i, flag in zip(answers(bare), flags, strict=True) if flag is not None}
-        messages = [{**m, "train": says[i]} if i in says else m for i, m in enumerate(bare)]
-        for train_on, usual in (("assistant", answers(bare)), ("last", answers(bare)[-1:])):
-            if wanted := [i for i in answers(bare) if says.get(i, i in usual)]:
-                check(made, messages, None, wanted, train_on)
-            else:
-                with pytest.raises(RowError, match="no assistant turn"):
-                    made.template.encode(messages, train_on)
-        (whole,) = made.template.encode(bare, "all")
-        assert whole.tokens.tolist() == made.apply(bare)
-        assert whole.weights.tolist() == [0] + [1] * (len(whole.tokens) - 1)
-
-    run()
+    bare = [{"role": r, "content": f"z{n}{r}·{text}"} for n in range(len(flags)) for r in ("user", "assistant")]
+    says = {i: flag for i, flag in zip(answers(bare), flags, strict=True) if flag is not None}
+    messages = [{**m, "train": says[i]} if i in says else m for i, m in enumerate(bare)]
+    for train_on, usual in (("assistant", answers(bare)), ("last", answers(bare)[-1:])):
+        check(made, messages, None, [i for i in answers(bare) if says.get(i, i in usual)], train_on)
+    (whole,) = made.template.encode(bare, "all")
+    assert whole.tokens.tolist() == made.apply(bare)
+    assert whole.weights.tolist() == [0] + [1] * (len(whole.tokens) - 1)
 
 
 @pytest.mark.parametrize("name", PATHS)
-def test_what_looks_like_a_control_token_stays_text(name: str) -> None:
+@given(data=st.data())
+@settings(MANY, max_examples=4)
+def test_what_looks_like_a_control_token_stays_text(name: str, data: st.DataObject) -> None:
     made = case(name, ways(name)[0])
-    special = st.sampled_from([token for token in made.tokenizer.all_special_tokens if token not in SEARCHED])
+    messages, tools = data.draw(conversations(name))
+    messages = messages[: answers(messages)[-1] + 1]
+    places = [i for i, m in enumerate(messages) if not calls(m)]
+    special = [token for token in made.tokenizer.all_special_tokens if token not in SEARCHED]
+    spices = data.draw(st.dictionaries(st.sampled_from(places), st.sampled_from(special), min_size=1, max_size=3))
 
-    @given(row=conversations(name), spices=st.lists(special, min_size=1, max_size=3), at=st.integers(0, 20))
-    @settings(MANY, max_examples=4)
-    def run(row: tuple[Messages, Any], spices: list[str], at: int) -> None:
-        messages, tools = row
-        messages = messages[: answers(messages)[-1] + 1]
-        places = [i for i, m in enumerate(messages) if not calls(m)]
-        evil, harmless = [dict(m) for m in messages], [dict(m) for m in messages]
-        for n, spice in enumerate(spices):
-            i = places[(at + n) % len(places)]
-            for m, added in ((evil[i], spice), (harmless[i], "salt")):
-                m["content"] = (m["content"] or "·").replace("·", "·" + added, 1)
-        spiced = check(made, evil, tools, answers(evil)[-1:], "last", evil=True)
-        plain = check(made, harmless, tools, answers(evil)[-1:], "last")
-        assert (spiced is None) == (plain is None)
-        for token in made.tokenizer.all_special_ids if spiced else ():
-            assert np.sum(spiced.tokens == token) == np.sum(plain.tokens == token)
+    def seasoned(spices: dict[int, str]) -> Messages:
+        said = {i: (messages[i]["content"] or "·").replace("·", f"·{spices[i]}", 1) for i in spices}
+        return [{**m, "content": said.get(i, m["content"])} for i, m in enumerate(messages)]
 
-    run()
+    evil = check(made, seasoned(spices), tools, [len(messages) - 1], "last", evil=True)
+    plain = check(made, seasoned(dict.fromkeys(spices, "salt")), tools, [len(messages) - 1], "last")
+    assert (evil is None) == (plain is None)
+    for token in made.tokenizer.all_special_ids if evil else ():
+        assert np.sum(evil.tokens == token) == np.sum(plain.tokens == token)

@@ -16,12 +16,12 @@ REASONS = 1000  # different reasons that are counted apart
 
 # What the making of examples counts besides, and how it is told; the numbers are what it counts and the length limit.
 COUNTS = {
-    "split": "{0:,} rows longer than {1:,} tokens split into pieces, nothing lost",
-    "cut": "{0:,} rows longer than {1:,} tokens cut to it",
-    "cut_trained": "{0:,} trained tokens lost by that",
-    "rewritten": "{0:,} conversations are one sequence for each turn, as the chat template rewrites earlier turns "
+    "split": "{0:,} row{s} longer than {1:,} tokens split into pieces, nothing lost",
+    "cut": "{0:,} row{s} longer than {1:,} tokens cut to it",
+    "cut_trained": "{0:,} trained token{s} lost by that",
+    "rewritten": "{0:,} conversation{s} in one sequence for each turn, as the chat template rewrites earlier turns "
     "(train_on: last trains the last turn alone)",
-    "control_as_text": "{0:,} rows hold what looks like a control token: it stays text",
+    "control_as_text": "{0:,} row{s} with what looks like a control token: it stays text",
 }
 
 
@@ -143,19 +143,19 @@ class Ledger:
             f"{self.used:,} of {self.read:,} rows used: {self.tokens:,} tokens, {self.trained_tokens:,} of them trained"
         ]
         if self.held_out:
-            found.append(f"{self.held_out:,} rows held out for evaluation")
-        found += [told.format(n, self.limit) for name, told in COUNTS.items() if (n := self.counts.get(name, 0))]
+            found.append(f"{_rows(self.held_out)} held out for evaluation")
+        found += [told.format(n, self.limit, s="s" * (n != 1)) for name, told in COUNTS.items() if (n := self.counts.get(name, 0))]
         if self.over_long and self.first_over_long:
             first = self.first_over_long
             found.append(
-                f"{self.over_long:,} rows not used, longer than {self.limit:,} tokens "
+                f"{_rows(self.over_long)} not used, longer than {self.limit:,} tokens "
                 f"(first {first.origin}: {first.tokens:,}; longest {self.longest:,})"
             )
         if self.duplicates:
             done = "left out" if self.dropped else "used all the same (duplicates: drop leaves them out)"
-            found.append(f"{self.duplicates:,} rows were there before, word for word: {done}")
+            found.append(f"{_rows(self.duplicates)} that stood there before, word for word: {done}")
         if self.set_aside:
-            found.append(f"{self.set_aside:,} rows set aside:")
+            found.append(f"{_rows(self.set_aside)} set aside:")
             found += [f"  {place.origin}: {place.reason}" for place in self.first_bad]
         if self.set_aside > SHOWN:
             found.append(f"  ... and {self.set_aside - SHOWN:,} more")
@@ -167,6 +167,10 @@ class Ledger:
             for place in self.bad():
                 line = {"origin": place.origin, "reason": place.reason, "row": _as_it_was(place.row)}
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
+
+
+def _rows(count: int) -> str:
+    return f"{count:,} row{'s' * (count != 1)}"
 
 
 def _as_it_was(row: str) -> Any:
