@@ -37,6 +37,8 @@ def folder(tmp_path: Path) -> Path:
     world.write(tmp_path, seed=0, stories=60, requests=40, pairs=40, held_out=8)
     for theirs, ours in {"text": "stories", "chats": "requests", "pairs": "pairs"}.items():
         shutil.copy(tmp_path / f"{ours}.jsonl", tmp_path / f"my_{theirs}.jsonl")
+    faq = "".join(f"Who is {n}?,A turtle called {n}.\n" for n in range(9))
+    (tmp_path / "my_faq.csv").write_text(f"asked,replied\n{faq}", encoding="utf-8")
     return tmp_path
 
 

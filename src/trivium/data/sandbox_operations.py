@@ -38,29 +38,27 @@ METHODS: dict[type, frozenset[str]] = {
 
 
 class Operations(Meter):
-    """All that a template can do, each step paid for. Filters are the methods that begin with ``do_``."""
+    """The steps, and the meter that they pay. Filters are the methods that begin with ``do_``, and some more."""
 
     def __init__(self, environment: SandboxedEnvironment) -> None:
         super().__init__()
         self.environment = environment
 
     def filters(self) -> dict[str, Callable[..., Any]]:
-        """Those with a space before their names are called by the compiled template itself."""
-        ours: dict[str, Callable[..., Any]] = {" joined": lambda values: self.join("", self.texts(values))}
-        ours |= {" listed": self.listed, " part": self.part, " plain": self.plain, " plus": self.plus}
-        ours |= {
-            " few": self.few,
-            " sought": self.sought,
-            " tick": self.spend,
+        """Those with a space before their names are called by what ``sandbox_rewrite`` puts into the template alone."""
+        inner = ("few", "joined", "listed", "part", "plain", "plus", "sought", "spend")
+        return {
+            **{f" {name}": getattr(self, name) for name in inner},
+            **{name[3:]: getattr(self, name) for name in dir(self) if name.startswith("do_")},
+            **{name: FILTERS[name] for name in ("abs", "count", "d", "default", "first", "last", "length")},
+            **{name: partial(self.method, name) for name in ("capitalize", "lower", "upper")},
+            **{name: partial(self.number, name) for name in ("float", "int")},
+            **{name: partial(self.rewritten, name) for name in ("e", "escape", "safe", "title")},
+            **{name: partial(self.in_order, name) for name in ("max", "min", "sort", "unique")},
+            **{name: self.for_each(name) for name in ("map", "reject", "rejectattr", "select", "selectattr")},
             "list": self.listed,
             "string": self.text,
         }
-        ours |= {name: FILTERS[name] for name in ("abs", "count", "d", "default", "first", "last", "length")}
-        ours |= {name: partial(self.method, name) for name in ("capitalize", "lower", "upper")}
-        ours |= {name: partial(self.rewritten, name) for name in ("e", "escape", "safe", "title")}
-        ours |= {name: partial(self.in_order, name) for name in ("max", "min", "sort", "unique")}
-        ours |= {name: self.for_each(name) for name in ("map", "reject", "rejectattr", "select", "selectattr")}
-        return ours | {name[3:]: getattr(self, name) for name in dir(self) if name.startswith("do_")}
 
     def tests(self) -> dict[str, Any]:
         free = "boolean callable defined escaped false float integer iterable mapping none number sameas sequence"
@@ -88,6 +86,9 @@ class Operations(Meter):
             return self.join("", parts)
         self.spent += 64 + 4 * size
         return "".join(parts)
+
+    def joined(self, values: Sequence[Any]) -> str:
+        return self.join("", self.texts(values))
 
     def calculate(self, operator: str, left: Any, right: Any) -> Any:
         operate = self.environment.binop_table[operator]
@@ -165,6 +166,9 @@ class Operations(Meter):
 
     # --- filters
 
+    def number(self, name: str, value: Any, *args: Any, **kwargs: Any) -> Any:
+        return FILTERS[name](self.short(value), *args, **kwargs)
+
     def do_trim(self, value: Any, chars: str | None = None) -> str:
         if chars is None and type(value) is str and len(value) < SMALL:
             self.spent += 4 * len(value)
@@ -189,12 +193,6 @@ class Operations(Meter):
 
     def do_format(self, value: Any, *args: Any) -> str:
         return self.percent(self.text(value), args)
-
-    def do_int(self, value: Any, default: int = 0, base: int = 10) -> int:
-        return FILTERS["int"](self.short(value), default, base)
-
-    def do_float(self, value: Any, default: float = 0.0) -> float:
-        return FILTERS["float"](self.short(value), default)
 
     def do_items(self, value: Any) -> Iterator[Any]:
         if not isinstance(value, (dict, Undefined)):
@@ -246,9 +244,9 @@ class Operations(Meter):
 class Formatter(SandboxedFormatter):
     """What ``text.format`` is to a template. A width has up to five digits."""
 
-    def __init__(self, environment: SandboxedEnvironment, text: str) -> None:
+    def __init__(self, environment: SandboxedEnvironment, meter: Meter, text: str) -> None:
         super().__init__(environment)
-        self._meter, self._text = environment.meter, text
+        self._meter, self._text = meter, text
 
     def __call__(self, /, *args: Any, **kwargs: Any) -> str:
         self._meter.spend(32 * len(self._text))

@@ -42,7 +42,7 @@ class Rewriter(NodeTransformer):
         self.markers = self.lost_markers = self.dates = False
 
     def visit_Name(self, node: nodes.Name) -> nodes.Node:
-        self.dates = self.dates or node.name == "strftime_now"
+        self.dates |= node.name == "strftime_now"
         return node
 
     def visit_For(self, node: nodes.For) -> nodes.Node:
@@ -54,8 +54,8 @@ class Rewriter(NodeTransformer):
 
     def visit_Macro(self, node: Any) -> nodes.Node:
         generation = isinstance(node, nodes.CallBlock) and isinstance(node.call.node, nodes.ExtensionAttribute)
-        self.markers = self.markers or generation
-        self.lost_markers = self.lost_markers or (generation and self.kept > 0)
+        self.markers |= generation
+        self.lost_markers |= generation and self.kept > 0
         self._inside(node)
         node.body.insert(0, nodes.ExprStmt(_tick([*node.body, *node.defaults]), lineno=node.lineno))
         return node
@@ -136,4 +136,4 @@ def _tick(body: Sequence[nodes.Node]) -> nodes.Filter:
         weight += 800 if isinstance(node, _RUNS) else 1
         # What is inside of a loop or macro is paid for there.
         below.extend(node.iter_child_nodes(exclude=("body",) if isinstance(node, _RUNS) else ()))
-    return _filter("tick", nodes.Const(weight, lineno=body[0].lineno if body else 1))
+    return _filter("spend", nodes.Const(weight, lineno=body[0].lineno if body else 1))
