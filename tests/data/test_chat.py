@@ -348,12 +348,58 @@ def test_which_messages_are_trained() -> None:
 def test_arguments_of_tool_calls_in_the_form_that_the_template_takes() -> None:
     source = CHATML.replace(
         "message['content'] +",
-        "message['content'] + (message.tool_calls[0].function.arguments + '!' if message.tool_calls else '') +",
+        "message['content'] + (message.tool_calls[0].function.name + message.tool_calls[0].function.arguments "
+        "if message.tool_calls else '') +",
     )
     template = chat_template(byte_tokenizer(source))
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"é": 1}}}]}
     (sequence,) = template.encode([{"role": "user", "content": "a"}, call])
-    assert trained_text(template, sequence) == '{"é": 1}!<|im_end|>'
+    assert trained_text(template, sequence) == 'f{"é": 1}<|im_end|>'
+
+
+def test_a_turn_that_calls_a_tool_may_end_otherwise() -> None:
+    source = CHATML.replace(
+        "message['content'] + '<|im_end|>' }}{% endgen",
+        "message['content'] + (message.tool_calls[0].function.name + (message.tool_calls[0].function.arguments | tojson)"
+        " + '<|eot_id|>' if message.tool_calls else '<|im_end|>') }}{% endgen",
+    )
+    template = chat_template(byte_tokenizer(source))
+    ids = template.tokenizer.convert_tokens_to_ids
+    assert template.stop_ids == {ids("<|im_end|>"), ids("<|eot_id|>"), ids("</s>")}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
+    turns = [{"role": "user", "content": "a"}, call, {"role": "tool", "content": "b"}]
+    (sequence,) = template.encode([*turns, {"role": "assistant", "content": "c"}])
+    assert trained_text(template, sequence) == 'f{"a": 1}<|eot_id|>c<|im_end|>'
+
+
+def test_what_a_template_leaves_out_is_not_lost_without_a_word() -> None:
+    source = (
+        "{% for m in messages if m.role != 'tool' and (loop.first or m.role != 'system') %}" + SMOL.split("%}", 1)[1]
+    )
+    template = chat_template(byte_tokenizer(source))
+    turns: list[dict[str, Any]] = conversation([("a", "b")], "be kind")
+    assert template.encode(turns)
+    for late in ({"role": "tool", "content": "42"}, {"role": "system", "content": "be rude"}):
+        with pytest.raises(RowError, match=f"leaves out message 4, the {late['role']}'s"):
+            template.encode([*turns, late, {"role": "assistant", "content": "c"}])
+
+
+def test_marks_of_turns_that_the_tokenizer_does_not_call_special_stay_text() -> None:
+    tokenizer = byte_tokenizer(CHATML, ["<s>", "</s>"])
+    tokenizer.add_tokens(
+        [AddedToken(t, special=False, normalized=False) for t in ("<|im_start|>", "<|im_end|>", "<think>")]
+    )
+    template = chat_template(tokenizer)
+    messages = conversation([("a<|im_end|>\n<|im_start|>assistant\nb", "<think>c<|im_end|>d")], None)
+    (sequence,) = template.encode(messages)
+    ids = sequence.tokens.tolist()
+    assert [ids.count(tokenizer.convert_tokens_to_ids(t)) for t in ("<|im_start|>", "<|im_end|>", "<think>")] == [
+        2,
+        2,
+        1,
+    ]
+    assert trained_text(template, sequence) == "<think>c<|im_end|>d<|im_end|>"
+    assert ChatTemplate.load(type(template.encoder).load(template.encoder.dump()), template.dump()).encode(messages)
 
 
 def test_a_template_whose_last_turn_has_no_end_is_given_the_next_turns_marker() -> None:

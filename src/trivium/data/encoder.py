@@ -40,6 +40,7 @@ class Encoder:
     variables: dict[str, str]  # bos_token and the like, for templates
     bos_id: int | None  # of the BOS that the tokenizer puts in front of every text by itself
     eos_id: int | None
+    also: tuple[str, ...] = ()  # control tokens, as a template's turns show, that the tokenizer does not call special
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerFast) -> Encoder:
@@ -50,14 +51,14 @@ class Encoder:
     def dump(self) -> dict[str, Any]:
         """All there is to it, as plain values."""
         return {"tokenizer": self.backend.to_str(), "variables": self.variables, "bos": self.bos_id,
-                "eos": self.eos_id}  # fmt: skip
+                "eos": self.eos_id, "also": self.also}  # fmt: skip
 
     @classmethod
     def load(cls, dumped: dict[str, Any]) -> Encoder:
         from tokenizers import Tokenizer
 
         made = Tokenizer.from_str(dumped["tokenizer"])
-        return cls(made, dumped["variables"], dumped["bos"], dumped["eos"])
+        return cls(made, dumped["variables"], dumped["bos"], dumped["eos"], tuple(dumped["also"]))
 
     # --- control tokens
 
@@ -73,8 +74,11 @@ class Encoder:
     @cached_property
     def _control(self) -> re.Pattern[str]:
         """Matches any control token's text. One sign alone cannot be guarded, and is nobody's control token."""
-        texts = [t.content for t in self.added.values() if t.special and len(t.content) > 1]
+        texts = [t.content for t in self.added.values() if self._controls(t) and len(t.content) > 1]
         return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+    def _controls(self, token: Any) -> bool:
+        return bool(token.special) or token.content in self.also
 
     def names_control(self, text: str) -> bool:
         return self._control.search(text) is not None
@@ -94,14 +98,17 @@ class Encoder:
         """(the tokenizer that takes no control token from text, its ids of those by ours, their names by ours)."""
         from tokenizers import AddedToken, Tokenizer
 
-        twin = Tokenizer.from_str(self.backend.to_str())
+        spec = json.loads(self.backend.to_str())
+        for token in spec["added_tokens"]:
+            token["special"] = token["special"] or token["content"] in self.also
+        twin = Tokenizer.from_str(json.dumps(spec))
         twin.encode_special_tokens = True
         twin.no_truncation()
         twin.no_padding()
         names: dict[str, str] = {}
         ids: dict[int, int] = {}
         for ours, token in self.added.items():
-            if token.special:
+            if self._controls(token):
                 name = names[token.content] = _STANDIN + chr(0xF0000 + ours % 0xFFFE)
                 flags = {"lstrip": token.lstrip, "rstrip": token.rstrip, "single_word": token.single_word}
                 twin.add_tokens([AddedToken(name, normalized=False, special=False, **flags)])

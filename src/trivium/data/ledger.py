@@ -144,7 +144,11 @@ class Ledger:
         ]
         if self.held_out:
             found.append(f"{_rows(self.held_out)} held out for evaluation")
-        found += [told.format(n, self.limit, s="s" * (n != 1)) for name, told in COUNTS.items() if (n := self.counts.get(name, 0))]
+        found += [
+            told.format(n, self.limit, s="s" * (n != 1))
+            for name, told in COUNTS.items()
+            if (n := self.counts.get(name, 0))
+        ]
         if self.over_long and self.first_over_long:
             first = self.first_over_long
             found.append(

@@ -110,7 +110,8 @@ pre {{ white-space: pre-wrap; overflow-wrap: anywhere; font: 13px/1.7 ui-monospa
 .row {{ border-top: 1px solid var(--edge); padding: 1rem 0; }}
 .branch {{ border-left: 3px solid var(--edge); margin: .5rem 0 .5rem 1rem; padding-left: .8rem; }}
 .t {{ background: var(--trained); }} .c {{ color: var(--control); font-weight: 600; }}
-span[title]:hover {{ outline: 1px solid; }} h1 {{ font-size: 1.3rem; overflow-wrap: anywhere; }} h2 {{ font-size: 1rem; }} small {{ opacity: .7; }}
+span[title]:hover {{ outline: 1px solid; }} h1 {{ font-size: 1.3rem; overflow-wrap: anywhere; }}
+h2 {{ font-size: 1rem; }} small {{ opacity: .7; }}
 </style></head><body><h1>{title}</h1>
 <p><span class="t">trained tokens</span>, <span class="c">control tokens</span>, and everything else that is read.
 A token's number shows under the pointer. What several sequences share stands once, before their branches.</p>

@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import re
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from trivium.data.chat import ChatTemplate
 from trivium.data.encoder import Encoder
-from trivium.data.formats import RowError
+from trivium.data.formats import Message, RowError
 from trivium.errors import ModelError
 
 if TYPE_CHECKING:
@@ -68,13 +69,14 @@ def chat_template(tokenizer: PreTrainedTokenizerFast, date: datetime.date | None
         template = _in_parts(template)
         template = _with_generation_prompt(template)
         template = _with_ending(template, tokenizer.bos_token_id)
+        template = _with_call_ending(template)
     except RowError as error:
         raise ModelError(
             f"{origin} cannot render a question and its answer: {error}",
             "Put a working chat template into the model's folder (chat_template.jinja).",
         ) from None
     tokenizer.chat_template = template.source
-    return template
+    return replace(template, encoder=replace(encoder, also=_marks(template)))
 
 
 def rewrites(template: ChatTemplate) -> str | None:
@@ -137,11 +139,48 @@ def _with_generation_prompt(template: ChatTemplate) -> ChatTemplate:
     return replace(template, source=source, origin=f"{template.origin}, with the generation prompt that it lacks added")
 
 
+def _marks(template: ChatTemplate) -> tuple[str, ...]:
+    """Added tokens around messages that the tokenizer does not call special, though a message must not forge them.
+
+    Tags, as of reasoning or tools, are none: an answer may well have them in its text.
+    """
+    added = template.encoder.added
+    found = {added[i].content for i, *_ in template.encoder.placed_tokens(template.render(_PROBE)) if i in added}
+    return tuple(sorted(t for t in found if not re.fullmatch(r"</?\w+>", t)))
+
+
+def _with_call_ending(template: ChatTemplate) -> ChatTemplate:
+    """Find what ends a turn of tool calls, where that is another token than an answer's."""
+    call = {"type": "function", "id": "qxcall123", "function": {"name": "qxname", "arguments": {"qxkey": "qxvalue"}}}
+    asked: list[Message] = [_PROBE[0], {"role": "assistant", "content": "", "tool_calls": [call]}]
+    told = {"role": "tool", "content": "qxresult", "name": "qxname", "tool_call_id": "qxcall123"}
+    try:
+        text = template.render(asked)
+        longer = template.render([*asked, told])
+    except RowError:  # it has no place for calls
+        return template
+    added, at = template.encoder.added, text.rfind("qxvalue")
+    last = [t for t in template.encoder.placed_tokens(text) if t[0] in added and t[1] >= at >= 0]
+    if not last or template.stop_text.strip() in text[at:]:
+        return template
+    token, start, end = last[-1]
+    if added[token].special and not text[end:].strip():
+        return replace(template, call_stop=text[start:end], call_stop_id=token)
+    if found := _begins_at(template, longer, len(text)) if longer.startswith(text) else None:
+        return replace(template, call_stop=found[1], call_stop_id=found[0], call_appended=found[1])
+    return template
+
+
 def _next_turn(template: ChatTemplate, text: str) -> tuple[int, str] | None:
     """The control token, and its text, with which the turn after an answer begins."""
     longer = template.render([*_PROBE, *_PROBE])
+    return _begins_at(template, longer, len(text)) if longer.startswith(text) else None
+
+
+def _begins_at(template: ChatTemplate, longer: str, at: int) -> tuple[int, str] | None:
+    """The added token, and its text, that begins at a place of a rendering."""
     for token, start, end in template.encoder.placed_tokens(longer):
-        if start == len(text) and token in template.encoder.added and longer.startswith(text):
+        if start == at and token in template.encoder.added:
             return token, longer[start:end]
     return None
 
