@@ -52,6 +52,18 @@ class DataSource(Strict):
         None, description="What its fields are called: {prompt: question_text}, ours by theirs; meta.text goes inside."
     )
 
+    @field_validator("fields")
+    @classmethod
+    def _ours(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        from trivium.data.formats import FIELDS
+
+        for ours in value or {}:
+            if ours not in FIELDS:
+                raise ValueError(
+                    f"no format has a field '{ours}'{nearest(ours, FIELDS)}; ours are: {', '.join(FIELDS)}"
+                )
+        return value
+
     def plain(self) -> Any:
         """As short as it can be written."""
         told = self.model_dump(exclude_none=True)

@@ -70,8 +70,10 @@ def test_over_long_rows_stop_unless_it_is_said_what_becomes_of_them(trivium, tmp
     assert stopped.code == 2
     assert "1 of 2 rows have more than 30 tokens" in stopped.error
     assert "on_overflow: drop" in stopped.error
-    for how in ("drop", "truncate_left", "truncate_right"):
+    for how in ("drop", "truncate_right"):
         assert trivium(*asked, "--on-overflow", how).code == 0
+    # cut from the left, an answer of this length has no prompt left
+    assert "nothing is left of its prompt" in trivium(*asked, "--on-overflow", "truncate_left").error
 
 
 @pytest.mark.parametrize(
@@ -139,6 +141,10 @@ def test_template_tells_what_is_in_use(trivium, tmp_path, walk):
     file = copy / "chat_template.jinja"
     file.write_text(file.read_text(encoding="utf-8").replace("<|user|>", "<|user|> "), encoding="utf-8")
     assert "NOT the one it was trained with" in trivium("data", "template", copy).out
+    said = trivium("generate", copy, "a red cat", "--max-new-tokens", "1")
+    assert said.code == 0
+    assert "its chat template is not the one it was trained with" in said.err
+    assert "note" not in trivium("generate", walk.folder / "base", "a red cat", "--max-new-tokens", "1").err
 
 
 def test_a_run_after_a_check_prepares_nothing_again(trivium, tmp_path, walk, monkeypatch, write_recipe):

@@ -27,7 +27,9 @@ def tokenizer() -> Any:
     made = train_tokenizer(["Once upon a time there was a turtle."], 300)
     made.add_special_tokens({"additional_special_tokens": [AddedToken("<|tool|>", special=True)]})
     made.chat_template = (
-        "{{- bos_token }}{% for m in messages if m.role != 'system' %}"
+        "{{- bos_token }}{% if messages[0].role == 'system' %}"
+        "{{ '<|system|>' + messages[0].content + eos_token }}{% endif %}"
+        "{% for m in messages if m.role != 'system' %}"
         "{% if (m.role == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}{% endif %}"
         "{{ '<|' + m.role + '|>' + m.content + eos_token }}{% endfor %}"
         "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"

@@ -47,8 +47,8 @@ KINDS = {
     "digits": made(pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), BYTE_LEVEL])),
 }
 TEXT = st.lists(
-    st.sampled_from([" ", "  ", "\n", "\t", " \n ", "\r\n", "\xa0", "\u2003", "the", "cat", "é", "😀", "'s", "12345", ".",
-                     ",;", "<|a|>", "<|b|>", "<think>", "<", "a\u0301", "x"]),
+    st.sampled_from([" ", "  ", "\n", "\t", " \n ", "\r\n", "\xa0", "\u2003", "the", "cat", "é", "😀", "'s", "12345",
+                     ".", ",;", "<|a|>", "<|b|>", "<think>", "<", "a\u0301", "x"]),
     max_size=25,
 ).map("".join)  # fmt: skip
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from trivium.errors import DataError
+from trivium.errors import DataError, DiskError, ModelError, nearest
 
 if TYPE_CHECKING:
     from trivium.data.check import Asked
@@ -84,15 +84,22 @@ def show(
     from trivium.data.encoder import Encoder
     from trivium.data.show import as_html, as_text, branches
     from trivium.files import write_text
+    from trivium.train.log import say
 
+    if html is not None and not html.absolute().parent.is_dir():
+        raise DiskError(f"{html}: there is no folder {html.parent}", "make it, or choose another place")
     asked = _asked(model, max_length, on_overflow, stage, train_on, field)
     encoder = Encoder.of(asked.tokenizer)
     rows = []
     for one in checks.check(_mixes(files), asked):
         if one.prepared is None or not len(one.prepared.examples):
             raise DataError(*(one.stops or "no row to show\ngive other files").split("\n", 1))
+        ledger = one.ledger
+        if ledger.set_aside or ledger.over_long:
+            say("\n".join(["not shown:", *(f"  {line}" for line in ledger.lines()[1:])]))
         for example in one.prepared.examples[:n]:
-            about = f"{example.origin}  {example.tokens:,} tokens, {example.trained_tokens:,} trained"
+            tokens = sum(len(s.tokens) for s in example.sequences)
+            about = f"{example.origin}  {tokens:,} tokens, {example.trained_tokens:,} trained"
             rows.append((about, branches(example, encoder, pair=one.kind == "pair")))
     if html is not None:
         write_text(html, as_html(rows, ", ".join(files)))
@@ -108,6 +115,7 @@ def template(
 ) -> None:
     """The chat template in use: where it came from, how its turns end, whether it rewrites earlier ones."""
     from trivium.data.encoder import Encoder
+    from trivium.data.formats import RowError
     from trivium.data.show import as_text, branches
     from trivium.data.templates import chat_template, rewrites
     from trivium.folder import reading_of, record_of
@@ -134,7 +142,10 @@ def template(
     print("\n".join(f"{name + ':':22}{value}" for name, value in lines.items()) + "\n")
     said = (("user", "What is 2 + 2?"), ("assistant", "4."), ("user", "And 3 + 3?"), ("assistant", "6."))
     messages = [{"role": role, "content": text} for role, text in said]
-    example = Example(tuple(found.encode(messages)), "an example")
+    try:
+        example = Example(tuple(found.encode(messages)), "an example")
+    except RowError as error:
+        raise ModelError(f"{folder}: {error}", "use a template that renders a conversation of two turns") from None
     colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     print(
         as_text(
@@ -153,6 +164,8 @@ def _mixes(files: list[str]) -> list[Mix]:
     from trivium.data.hub import local
     from trivium.data.rows import Mix
 
+    if "" in files:
+        raise DataError("a path is empty", "name a file, a folder or a glob")
     return [Mix(local(file)) for file in files]
 
 
@@ -166,21 +179,31 @@ def _asked(
 ) -> Asked:
     """What the command line asks for; the tokenizer and template are read. Raises ModelError, DataError."""
     from trivium.data.check import Asked
+    from trivium.data.formats import FIELDS
 
     kinds: dict[str, Any] = {"pretrain": "text", "sft": "conversation", "preference": "pair"}
     pairs = [tuple(field.split("=", 1)) for field in fields or []]
     if wrong := [field for field in fields or [] if "=" not in field]:
         raise DataError(f"--field {wrong[0]}: not OURS=THEIRS", "e.g. --field prompt=question_text")
+    for ours, theirs in pairs:
+        if ours not in FIELDS or not theirs:
+            what = f"--field {ours}={theirs}: no format has a field '{ours}'{nearest(ours, FIELDS)}"
+            raise DataError(what if theirs else f"--field {ours}=: it names no field", f"ours are: {', '.join(FIELDS)}")
+    if on_overflow == "split" and stage not in (None, "pretrain"):
+        raise DataError("--on-overflow split: only text can be split", "use drop, truncate_left or truncate_right")
     told: dict[str, Any] = {
         "max_length": max_length, "on_overflow": on_overflow, "kind": kinds.get(stage or ""), "train_on": train_on,
         "fields": tuple(sorted(pairs)),
     }  # fmt: skip
     if model is None:
-        if max_length is not None:
-            raise DataError("--max-length counts tokens, and there is no tokenizer to count with", "add --model DIR")
+        if max_length is not None or on_overflow is not None:
+            named = "--max-length" if max_length is not None else "--on-overflow"
+            raise DataError(f"{named} counts tokens, and there is no tokenizer to count with", "add --model DIR")
         return Asked(**told)
     from trivium.data.templates import chat_template
     from trivium.folder import reading_of
 
     tokenizer, context = reading_of(model)
+    if max_length and context and max_length > context:
+        raise DataError(f"--max-length {max_length} is more than the model's context of {context}", f"use {context}")
     return Asked(tokenizer=tokenizer, template=chat_template(tokenizer), context=context or 2**20, **told)

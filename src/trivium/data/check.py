@@ -19,7 +19,7 @@ import numpy as np
 
 from trivium.data.chat import ChatTemplate, TrainOn
 from trivium.data.examples import Overflow, Pairs, digest_of
-from trivium.data.formats import Format, Kind, RowError, format_of, mapped, parse
+from trivium.data.formats import TAKEN_BY, Format, Kind, RowError, format_of, mapped, parse
 from trivium.data.ledger import BadPlace, Ledger
 from trivium.data.loader import pack
 from trivium.data.prepare import Prepared, prepare
@@ -86,7 +86,8 @@ def format_of_file(mix: Mix, kind: Kind | None) -> tuple[str, Kind]:
             found[one] += 1
     if not found:
         return "unknown", kind or "conversation"
-    best = found.most_common(1)[0][0]
+    ranked: tuple[Kind, ...] = ("pair", "rating", "conversation", "text", "prompt")
+    best = min(found, key=lambda one: (-found[one], ranked.index(one.kind)))
     return best.name, best.kind
 
 
@@ -208,7 +209,7 @@ def lines(found: Checked, asked: Asked) -> list[str]:
     """What was found, for a person."""
     ledger = found.ledger
     count = len(found.files)
-    told = [f"{found.format}, for {_taker(found.kind)}: {found.files[0] if count == 1 else f'{count} files'}"]
+    told = [f"{found.format}, for {TAKEN_BY[found.kind]}: {found.files[0] if count == 1 else f'{count} files'}"]
     if found.prepared is None:
         told.append(f"  {ledger.used:,} of {ledger.read:,} rows can be used (--model DIR counts tokens)")
         told += [f"  {line}" for line in ledger.lines()[1:]]
@@ -226,9 +227,3 @@ def lines(found: Checked, asked: Asked) -> list[str]:
             f"  shared beginnings save {saving:.0%} of the computation (passes of {asked.pass_tokens:,} tokens)"
         )
     return told
-
-
-def _taker(kind: Kind) -> str:
-    from trivium.data.formats import TAKEN_BY
-
-    return TAKEN_BY[kind].split(",")[0]

@@ -207,6 +207,8 @@ class Maker:
             if self.spec.kind == "pair" and any(s.weights[: keep + lost + 1].any() for s in group):
                 raise RowError(f"its answers alone have more than {limit} tokens: cut from the left, none has a prompt")
             cut = [_without(s, keep, keep + max(lost, 0)) for s in group]
+            if any(s.trained_tokens and s.weights[max(1, keep) :].all() for s in cut):
+                raise RowError(f"nothing is left of its prompt once cut to {limit} tokens from the left")
         return [s for s in cut if s.trained_tokens] if self.spec.kind == "conversation" else cut
 
     def _place(self, draft: _Draft, examples: list[Example], made: Made) -> None:

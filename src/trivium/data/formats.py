@@ -139,6 +139,10 @@ class Prompt:
 Parsed = Text | Conversation | Pair | Scored | Rating | Prompt
 
 
+# What a field of another name can be said to be.
+FIELDS = tuple(dict.fromkeys([*(name for one in FORMATS for name in one.example), "system", "tools", "history"]))
+
+
 # --- recognising
 
 

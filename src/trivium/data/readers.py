@@ -104,6 +104,8 @@ def _without_surrogates(value: Any, text: str) -> Any:
 
 
 def _decode(data: bytes) -> str:
+    if data[:2] == b"\x1f\x8b":
+        raise ValueError("gzip data in a file that is not called .gz")
     try:
         return data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -114,8 +116,14 @@ def _decode(data: bytes) -> str:
 
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
-        kinds = {list: "an array", str: "a string", bool: "a boolean", type(None): "null"}
-        raise ValueError(f"{kinds.get(type(value), 'a number')}, not an object with fields")
+        kinds = {
+            list: "an array (a file that is one array is called .json)",
+            str: "a string",
+            bool: "a boolean",
+            type(None): "null",
+        }
+        hint = "; a file that is one array is called .json" if isinstance(value, list) else ""
+        raise ValueError(f"{kinds.get(type(value), 'a number')}, not an object with fields{hint}")
     return value
 
 
@@ -218,14 +226,16 @@ class _Window:
     """A stretch of a stream as text, that grows at its end and is let go at its beginning."""
 
     def __init__(self, stream: Any) -> None:
-        self.stream, self.text, self.at, self.line, self.ended = stream, "", 0, 1, False
+        self.stream, self.text, self.at, self.ended = stream, "", 0, False
+        self.line, self.counted = 1, 0  # the line of place ``counted`` in the text
         self.decoder = codecs.getincrementaldecoder("utf-8-sig")()
 
     def more(self) -> bool:
         data = self.stream.read(BLOCK)
         self.ended = not data
-        self.line += self.text.count("\n", 0, self.at)
+        self.place()
         self.text, self.at = self.text[self.at :] + self.decoder.decode(data, final=self.ended), 0
+        self.counted = 0
         return not self.ended
 
     def white(self) -> str:
@@ -238,7 +248,9 @@ class _Window:
 
     def place(self) -> int:
         """The line of the next character."""
-        return self.line + self.text.count("\n", 0, self.at)
+        self.line += self.text.count("\n", self.counted, self.at)
+        self.counted = self.at
+        return self.line
 
     def value(self) -> tuple[Any, str]:
         """The next JSON value and its text. Raises ValueError."""
@@ -255,8 +267,9 @@ class _Window:
                     size = len(self.text) - self.at
                     what = f"an element of more than {size:,} characters; the longest read has {LONGEST_LINE:,}"
                     raise ValueError(what) from None
+                began = self.at
                 if self.ended or not self.more():
-                    line = self.line + error.doc.count("\n", 0, error.pos)
+                    line = self.place() + error.doc.count("\n", began, error.pos)
                     raise ValueError(f"not JSON: {error.msg} at line {line}") from None
             except RecursionError:
                 raise ValueError("nested too deeply") from None
@@ -372,7 +385,10 @@ def _records(stream: IO[bytes], delimiter: str) -> Iterator[tuple[int, Any, str 
         if not cells:
             continue
         if header is None:
-            header = cells
+            header = [cell.strip() for cell in cells]
+            if doubled := sorted({name for name in header if header.count(name) > 1}):
+                yield first, delimiter.join(cells), f"the header names {doubled[0]!r} twice", False
+                return
         elif len(cells) != len(header):
             told = f"{len(cells)} cells where the header names {len(header)}"
             yield first, delimiter.join(cells).encode("utf-8", "backslashreplace").decode()[:KEPT], told, False

@@ -144,7 +144,13 @@ def files_of(path: Path) -> list[Path]:
     Raises DataError naming what is missing and the nearest name there is.
     """
     path = Path(path)
-    if path.is_file():
+    try:
+        here = path.is_file()
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror}", "Check the file and its rights.") from None
+    if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
+        raise DataError(f"cannot read {path}: no permission", "Check the folder and its rights.")
+    if here:
         if _ending(path) not in READERS:
             raise DataError(f"cannot tell what {path} holds from its ending", f"Files that are read: {_ENDINGS}.")
         return [path]
