@@ -117,7 +117,7 @@ def _decode(data: bytes) -> str:
 def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         kinds = {
-            list: "an array (a file that is one array is called .json)",
+            list: "an array",
             str: "a string",
             bool: "a boolean",
             type(None): "null",
