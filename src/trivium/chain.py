@@ -19,7 +19,7 @@ from trivium.report.write import REPORT, write_report
 from trivium.stages import resolve
 from trivium.start import Link, add_tokens, data_hashes, given_method, is_start, new_start, overrides, start_of
 from trivium.summary import SHOWN, SUMMARY, stage_identity, stage_record, summary_of
-from trivium.train.log import clock, say, shown, size
+from trivium.terminal import clock, say, shown, size
 from trivium.train.track import check_tracker, open_tracker
 
 if TYPE_CHECKING:

@@ -55,6 +55,14 @@ def _is_record(value: Any) -> bool:
     return links and numbers and isinstance(value.get("base") or {}, dict)
 
 
+def trained_template(source: str) -> str | None:
+    """The hash of the chat template that a folder's model was trained with; None where nothing tells."""
+    record = record_of(Path(source)) if Path(source).is_dir() else None
+    template = (record or {}).get("template")
+    found = template.get("sha256") if isinstance(template, dict) else None
+    return found if isinstance(found, str) else None
+
+
 def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 

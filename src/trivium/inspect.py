@@ -12,7 +12,7 @@ from trivium.errors import ModelError
 from trivium.files import folder_bytes, read_json
 from trivium.folder import base_of, is_adapter, record_of
 from trivium.model.load import locate
-from trivium.train.log import size
+from trivium.terminal import size
 
 MOST_HEADER = 100 * 2**20  # a safetensors header larger than this is damage
 

@@ -16,7 +16,7 @@ from trivium.recipe import Recipe, Stage
 from trivium.sources import held_out_from, held_out_share, trained_on
 from trivium.stages import STAGES
 from trivium.start import Link, overrides
-from trivium.train.log import clock, say
+from trivium.terminal import clock, say
 
 if TYPE_CHECKING:
     from trivium.data.rows import Mix

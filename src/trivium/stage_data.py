@@ -16,7 +16,7 @@ from trivium.model.language_model import LanguageModel
 from trivium.recipe import Stage
 from trivium.sources import held_out_from, held_out_share, trained_on
 from trivium.stages import STAGES
-from trivium.train.log import say
+from trivium.terminal import say
 
 HELD_OUT_MOST = 200  # rows taken off the data for evaluation, at most
 

@@ -14,8 +14,8 @@ from trivium.model.language_model import LanguageModel
 from trivium.model.proof import TOLERANCE
 from trivium.objectives.base import Objective
 from trivium.recipe import Stage
+from trivium.terminal import say, size
 from trivium.train import recompute
-from trivium.train.log import say, size
 from trivium.train.machine import free_memory
 
 PROOF_ROWS = 4

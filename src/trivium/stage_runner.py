@@ -40,9 +40,10 @@ from trivium.recipe import Stage
 from trivium.stage_data import InMemory, packed, run_order, stage_examples
 from trivium.stage_proof import probe, prove_start, recomputes
 from trivium.talk import Talker
+from trivium.terminal import say
 from trivium.train import recompute
 from trivium.train.dropout import dropout_off, set_dropout
-from trivium.train.log import TrainingLog, say
+from trivium.train.log import TrainingLog
 from trivium.train.loop import StepLog, Task, train
 from trivium.train.machine import PeakMemory
 from trivium.train.optimizer import build_optimizers

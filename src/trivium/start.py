@@ -12,7 +12,7 @@ from trivium.errors import DataError, RecipeError
 from trivium.files import clear_errors, sha256_json, whole_folder, write_json
 from trivium.recipe import Recipe, Stage
 from trivium.sources import hashes, trained_on
-from trivium.train.log import clock, say
+from trivium.terminal import clock, say
 
 if TYPE_CHECKING:
     from trivium.data.rows import Mix, Source

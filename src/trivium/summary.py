@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from trivium.files import sha256_json
 from trivium.stages import identity_settings
-from trivium.train.log import size
+from trivium.terminal import size
 
 if TYPE_CHECKING:
     from trivium.recipe import Stage

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from trivium.data.templates import chat_template
-from trivium.folder import open_folder, record_of
+from trivium.folder import open_folder, trained_template
 from trivium.model.generate import generate, generate_many
 from trivium.model.language_model import LanguageModel
-from trivium.train.log import say
+from trivium.terminal import say
 from trivium.train.machine import pick_device, pick_dtype
 
 
@@ -31,8 +30,7 @@ class Talker:
         device = pick_device(device)
         opened = open_folder(source, pick_dtype(dtype, device), device, overrides)
         talker = cls.of(opened.model)
-        record = (record_of(Path(source)) or {}) if Path(source).is_dir() else {}
-        if record.get("template", {}).get("sha256", talker.template.sha256) != talker.template.sha256:
+        if trained_template(source) not in (None, talker.template.sha256):
             say(f"note: {source}: its chat template is not the one it was trained with")
         return talker
 

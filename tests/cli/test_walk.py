@@ -10,7 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from trivium.folder import open_folder
-from trivium.train.log import size
+from trivium.terminal import size
 
 PROBE = torch.tensor([[1, 70, 80, 90, 100, 2, 75, 85]])
 KEYS = {

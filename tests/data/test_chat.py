@@ -369,8 +369,11 @@ def test_a_turn_that_calls_a_tool_may_end_otherwise() -> None:
     assert template.stop_ids == {ids("<|im_end|>"), ids("<|eot_id|>"), ids("</s>")}
     call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f", "arguments": {"a": 1}}}]}
     turns = [{"role": "user", "content": "a"}, call, {"role": "tool", "content": "b"}]
-    (sequence,) = template.encode([*turns, {"role": "assistant", "content": "c"}])
+    messages = [*turns, {"role": "assistant", "content": "c"}]
+    (sequence,) = template.encode(messages)
     assert trained_text(template, sequence) == 'f{"a": 1}<|eot_id|>c<|im_end|>'
+    (rendered,) = template.lay_out(messages)
+    assert rendered.answer_bytes == len('f{"a": 1}c')  # neither stop is counted
 
 
 def test_what_a_template_leaves_out_is_not_lost_without_a_word() -> None:

@@ -10,8 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from trivium.data.encoder import Encoder
-from trivium.data.memo import Memo, Tokens, can_be_cut
+from trivium.data.memo import Memo, Tokens, can_be_cut, placed
 
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 LLAMA3 = (
@@ -63,7 +62,7 @@ def test_the_same_tokens_and_places(kind: str, texts: list[str]) -> None:
         found = memo.tokens(texts)
         assert found is not None
         for text, words in zip(texts, found, strict=True):
-            whole = Encoder.placed(backend.encode(text, add_special_tokens=False))
+            whole = placed(backend.encode(text, add_special_tokens=False))
             assert words.ids.tolist() == whole.ids.tolist()
             assert [words.end_of(i) for i in range(len(whole.ids))] == whole.end.tolist()
             draw = random.Random(text)

@@ -254,7 +254,11 @@ def test_scored_answers_and_prompts_and_ratings() -> None:
     assert len(every.examples) == 3
     assert (every.ledger.used, every.ledger.read) == (1, 1)
     assert run(Listed([{"prompt": "a", "completion": "b", "label": True}]), kind="rating").ledger.trained_tokens == 2
-    assert run(Listed([{"prompt": "a"}]), kind="prompt").ledger.trained_tokens == 0
+    asked = run(Listed([{"prompt": "a <|end|> b"}]), kind="prompt")
+    assert asked.ledger.trained_tokens == 0
+    messages = [{"role": "user", "content": "a <|end|> b"}]
+    assert asked.examples[0].sequences[0].tokens.tolist() == TEMPLATE.encode_prompt(messages)
+    assert asked.ledger.counts["control_as_text"] == 1
 
 
 def test_overlap_of_held_out_rows() -> None:

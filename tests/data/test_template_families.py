@@ -29,8 +29,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 from transformers.utils import chat_template_utils
 
-from trivium.data.chat import REASONING, ChatTemplate
+from trivium.data.chat import ChatTemplate
 from trivium.data.formats import RowError
+from trivium.data.messages import REASONING
 from trivium.data.templates import chat_template
 
 Messages = list[dict[str, Any]]

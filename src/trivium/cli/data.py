@@ -61,7 +61,7 @@ def check(
         print(codec.dumps(checks.as_json(found), indent=1, ensure_ascii=False))
     else:
         for one in found:
-            print("\n".join(checks.lines(one, asked)))
+            print("\n".join(checks.lines(one)))
     stops = [one.stops for one in found if one.stops is not None]
     if stops:
         what, _, remedy = stops[0].partition("\n")
@@ -84,7 +84,7 @@ def show(
     from trivium.data.encoder import Encoder
     from trivium.data.show import as_html, as_text, branches
     from trivium.files import write_text
-    from trivium.train.log import say
+    from trivium.terminal import say
 
     if html is not None and not html.absolute().parent.is_dir():
         raise DiskError(f"{html}: there is no folder {html.parent}", "make it, or choose another place")
@@ -105,33 +105,29 @@ def show(
         write_text(html, as_html(rows, ", ".join(files)))
         print(html)
         return
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
     for about, shown in rows:
-        print(as_text(shown, about, colour) + "\n")
+        print(as_text(shown, about, _colour()) + "\n")
 
 
 def template(
     folder: Annotated[str, typer.Argument(metavar="DIR", help="A model, adapter or tokenizer folder, or a hub id.")],
 ) -> None:
     """The chat template in use: where it came from, how its turns end, whether it rewrites earlier ones."""
-    from trivium.data.encoder import Encoder
     from trivium.data.formats import RowError
     from trivium.data.show import as_text, branches
     from trivium.data.templates import chat_template, rewrites
-    from trivium.folder import reading_of, record_of
+    from trivium.folder import reading_of, trained_template
     from trivium.forest import Example
 
     tokenizer, _ = reading_of(folder)
     found = chat_template(tokenizer)
-    record = (record_of(Path(folder)) or {}) if Path(folder).is_dir() else {}
-    trained_with = record.get("template", {}).get("sha256")
     prints = found.jinja
     again = rewrites(found)
     preserving = f"no, not for {again}: each is a sequence of its own" if again else "yes"
     stops = ", ".join(repr(tokenizer.convert_ids_to_tokens(i)) for i in sorted(found.stop_ids))
     lines = {
         "template": found.origin,
-        "sha256": found.sha256 + _compared(found.sha256, trained_with),
+        "sha256": found.sha256 + _compared(found.sha256, trained_template(folder)),
         "prefix-preserving": preserving,
         "an answer ends with": repr(found.stop_text.strip()),
         "generation stops at": stops,
@@ -146,12 +142,12 @@ def template(
         example = Example(tuple(found.encode(messages)), "an example")
     except RowError as error:
         raise ModelError(f"{folder}: {error}", "use a template that renders a conversation of two turns") from None
-    colour = sys.stdout.isatty() and "NO_COLOR" not in os.environ
-    print(
-        as_text(
-            branches(example, Encoder.of(tokenizer)), "a conversation of two turns, what is trained marked:", colour
-        )
-    )
+    title = "a conversation of two turns, what is trained marked:"
+    print(as_text(branches(example, found.encoder), title, _colour()))
+
+
+def _colour() -> bool:
+    return sys.stdout.isatty() and "NO_COLOR" not in os.environ
 
 
 def _compared(now: str, then: str | None) -> str:
@@ -181,7 +177,11 @@ def _asked(
     from trivium.data.check import Asked
     from trivium.data.formats import FIELDS
 
-    kinds: dict[str, Any] = {"pretrain": "text", "sft": "conversation", "preference": "pair"}
+    kind = None
+    if stage is not None:
+        from trivium.stages import STAGES
+
+        kind = STAGES[stage].rows
     pairs = [tuple(field.split("=", 1)) for field in fields or []]
     if wrong := [field for field in fields or [] if "=" not in field]:
         raise DataError(f"--field {wrong[0]}: not OURS=THEIRS", "e.g. --field prompt=question_text")
@@ -192,7 +192,7 @@ def _asked(
     if on_overflow == "split" and stage not in (None, "pretrain"):
         raise DataError("--on-overflow split: only text can be split", "use drop, truncate_left or truncate_right")
     told: dict[str, Any] = {
-        "max_length": max_length, "on_overflow": on_overflow, "kind": kinds.get(stage or ""), "train_on": train_on,
+        "max_length": max_length, "on_overflow": on_overflow, "kind": kind, "train_on": train_on,
         "fields": tuple(sorted(pairs)),
     }  # fmt: skip
     if model is None:

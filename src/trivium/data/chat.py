@@ -29,13 +29,11 @@ import numpy as np
 from trivium.data.encoder import GUARD, Encoder
 from trivium.data.formats import Message, RowError
 from trivium.data.memo import Tokens, Words
+from trivium.data.messages import REASONING
 from trivium.data.sandbox import Template, TemplateRefused
 from trivium.forest import TokenSequence
 
 TrainOn = Literal["assistant", "last", "all"]
-
-# The names under which templates know an answer's reasoning; each is handed over under all of them.
-REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,7 @@ class Rendered:
     text: str
     spans: tuple[tuple[int, int], ...]
     answer_bytes: int  # UTF-8 bytes of the trained text, stop tokens not counted
-    turns: tuple[bool, ...] = ()  # whether each span is an assistant's turn
+    turns: tuple[bool, ...] = ()  # whether each span is an assistant's turn, which a stop token ends
 
 
 @dataclass(frozen=True, eq=False)
@@ -147,13 +145,13 @@ class ChatTemplate:
         parts = []
         for i in wanted:
             own = whole if i == wanted[-1] else None
-            turn = messages[i]["role"] == "assistant" and train_on != "all"
-            parts.append((self._turn if turn else self._message)(messages, i, own, tools))
+            answers = messages[i]["role"] == "assistant" and train_on != "all"
+            parts.append((self._turn if answers else self._message)(messages, i, own, tools))
         whole = parts[-1][0]
         _must_say(messages[: wanted[-1] + 1], whole)
         if all(whole.startswith(text[:end]) for text, _, end, _ in parts):
             return [self._rendered(whole, [part[1:] for part in parts])]
-        return [self._rendered(text, [(start, end, turn)]) for text, start, end, turn in parts]
+        return [self._rendered(part[0], [part[1:]]) for part in parts]
 
     def lay_out_answer(
         self, prompt: Sequence[Message], answer: Sequence[Message], tools: list[Any] | None = None
@@ -178,8 +176,9 @@ class ChatTemplate:
 
     def _turn(
         self, messages: Sequence[Message], i: int, text: str | None, tools: list[Any] | None
-    ) -> tuple[str, int, int, bool]:
-        """Assistant turn ``i``: the rendering that ends with it, and where its trained span starts and ends there."""
+    ) -> tuple[str, int, int, str]:
+        """Assistant turn ``i``: the rendering that ends with it, where its trained span starts and ends there, and the
+        stop text with which it ends."""
         if i == 0:
             raise RowError("begins with the assistant's message: nothing asks for it; put a user message before it")
         text = self.render(messages[: i + 1], tools=tools) if text is None else text
@@ -191,12 +190,12 @@ class ChatTemplate:
         self._must_hold(messages[i], text[start:], i)
         end = len(text)
         if text.endswith(self.ending) and end - len(self.ending) >= start:
-            return text, start, end - len(self.ending) + len(self.stop_text), True
+            return text, start, end - len(self.ending) + len(self.stop_text), self.stop_text
         # Some turns, tool calls for one, end in their own way; the stop token itself must be there.
         stop = self.call_stop if calls and self.call_stop else self.stop_text.strip()
         if (at := text.rfind(stop, start)) < 0:
             raise RowError(f"message {i + 1} does not end with the stop token {stop!r} in the chat template")
-        return text, start, at + len(stop), True
+        return text, start, at + len(stop), stop
 
     def _begun_otherwise(
         self, messages: Sequence[Message], i: int, text: str, prompt: str, tools: list[Any] | None
@@ -235,19 +234,17 @@ class ChatTemplate:
 
     def _message(
         self, messages: Sequence[Message], i: int, text: str | None, tools: list[Any] | None
-    ) -> tuple[str, int, int, bool]:
-        """Message ``i`` of any role with all that the template puts around it, as ``_turn``."""
+    ) -> tuple[str, int, int, str]:
+        """Message ``i`` of any role with all that the template puts around it, as ``_turn``; no stop is asked of it."""
         text = self.render(messages[: i + 1], tools=tools) if text is None else text
         before = self.render(messages[:i], tools=tools) if i else ""
         if not text.startswith(before):
             raise RowError(f"the chat template rewrites what stands before message {i + 1}: it cannot be told apart")
-        return text, len(before), len(text), False
+        return text, len(before), len(text), ""
 
-    def _rendered(self, text: str, spans: Iterable[tuple[int, int, bool]]) -> Rendered:
-        spans = list(spans)
-        stop = len(self.stop_text.encode("utf-8"))
-        answers = sum(_bytes(text[a:b]) - stop * turn for a, b, turn in spans)
-        return Rendered(text, tuple((a, b) for a, b, _ in spans), answers, tuple(turn for *_, turn in spans))
+    def _rendered(self, text: str, spans: list[tuple[int, int, str]]) -> Rendered:
+        answers = sum(_bytes(text[a:b]) - _bytes(stop) for a, b, stop in spans)
+        return Rendered(text, tuple((a, b) for a, b, _ in spans), answers, tuple(bool(stop) for *_, stop in spans))
 
     # --- tokens
 
@@ -290,10 +287,16 @@ class ChatTemplate:
         rendered = self.lay_out(messages, train_on, tools)
         return [self.weigh(r, t) for r, t in zip(rendered, self.tokenize([r.text for r in rendered]), strict=True)]
 
+    def lay_out_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> Rendered:
+        """A conversation that asks for an answer: nothing of it is trained. Raises RowError."""
+        text = self.render(self._guarded(messages), add_generation_prompt=True, tools=self.encoder.guarded(tools))
+        _must_say(messages, text.replace(GUARD, ""))
+        return Rendered(text, (), 0)
+
     def encode_prompt(self, messages: Sequence[Message], tools: list[Any] | None = None) -> list[int]:
         """The tokens after which the model is to answer. Raises RowError."""
-        text = self.render(self._guarded(messages), add_generation_prompt=True, tools=self.encoder.guarded(tools))
-        return list(self.one_bos(self.tokenize([text])[0].ids)[0].tolist())
+        found = self.tokenize([self.lay_out_prompt(messages, tools).text])[0]
+        return list(self.one_bos(found.ids)[0].tolist())
 
 
 @lru_cache(maxsize=64)

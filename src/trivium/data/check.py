@@ -1,7 +1,7 @@
 """What is in some files, before anything is spent on them: formats, bad rows, lengths, what would stop a run.
 
-    report = check(["chats.jsonl"], Asked(tokenizer=tokenizer, context=2048))
-    report["rows"], report["used"], list(report["bad_rows"]), report["stops"]
+    found = check([Mix(Path("chats.jsonl"))], Asked(tokenizer=tokenizer, template=template, context=2048))
+    as_json(found)["rows"], lines(found[0]), found[0].stops
 
 With a tokenizer the rows are prepared as a run would prepare them, so that a run on them begins at once. Without one
 they are read and recognised. Each file is of the kind that most of its first rows are.
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from trivium.data.chat import ChatTemplate, TrainOn
-from trivium.data.examples import Overflow, Pairs, digest_of
-from trivium.data.formats import TAKEN_BY, Format, Kind, RowError, format_of, mapped, parse
+from trivium.data.examples import Overflow, digest_of, overflow
+from trivium.data.formats import TAKEN_BY, Fields, Format, Kind, RowError, format_of, mapped, parse
 from trivium.data.ledger import BadPlace, Ledger
 from trivium.data.loader import pack
 from trivium.data.prepare import Prepared, prepare
@@ -29,7 +29,8 @@ from trivium.errors import DataError
 from trivium.forest import lay_out
 
 LOOKED_AT = 100  # rows of a file by which its format is told
-SAVING_OF = 2000  # examples on which the saving by shared prefixes is measured
+SAVING_OF = 2000  # examples on which the saving by shared prefixes is measured,
+PASS_TOKENS = 1024  # in passes of so many tokens
 BINS = 12  # of the histogram
 
 
@@ -44,10 +45,7 @@ class Asked:
     on_overflow: Overflow | None = None
     kind: Kind | None = None  # None: told by the rows
     train_on: TrainOn = "assistant"
-    pairs: Pairs = "best_worst"
-    bad_rows: float = 0.01
-    pass_tokens: int = 1024  # of a micro-batch, for the saving by shared prefixes
-    fields: tuple[tuple[str, str], ...] = ()
+    fields: Fields = ()
 
 
 @dataclass
@@ -79,7 +77,7 @@ def format_of_file(mix: Mix, kind: Kind | None) -> tuple[str, Kind]:
     rows = (row for row in read_rows(mix.source) if isinstance(row, Row))
     for row in islice(rows, LOOKED_AT):
         try:
-            one = format_of(mapped(row.value, dict(mix.fields)) if mix.fields else row.value)
+            one = format_of(mapped(row.value, mix.fields))
         except RowError:
             continue
         if one is not None and kind in (None, one.kind):
@@ -98,14 +96,12 @@ def _checked(kind: Kind, group: list[tuple[Mix, str]], asked: Asked) -> Checked:
     else:
         prepared = prepare(
             mixes, kind=kind, tokenizer=asked.tokenizer, template=asked.template, train_on=asked.train_on,
-            max_length=asked.max_length, context=asked.context, on_overflow=asked.on_overflow, pairs=asked.pairs,
-            bad_rows=None,
+            max_length=asked.max_length, context=asked.context, on_overflow=asked.on_overflow, bad_rows=None,
         )  # fmt: skip
         ledger = prepared.ledger
     found = Checked(", ".join(names), kind, ledger, prepared, [str(m.source) for m in mixes])
-    over_long_stops = kind != "text" and asked.max_length is not None and asked.on_overflow in (None, "error")
     try:
-        ledger.check(asked.bad_rows, over_long_stops)
+        ledger.check(over_long_stops=overflow(kind, asked.max_length, asked.on_overflow) == "error")
     except DataError as error:
         found.stops = str(error)
     return found
@@ -121,7 +117,7 @@ def _recognised(mixes: list[Mix], kind: Kind) -> Ledger:
             reason = row.reason if isinstance(row, BadRow) else None
             if isinstance(row, Row):
                 try:
-                    parse(mapped(row.value, dict(mix.fields)) if mix.fields else row.value, kind)
+                    parse(mapped(row.value, mix.fields), kind)
                 except RowError as error:
                     reason = str(error)
                 else:
@@ -194,18 +190,18 @@ def histogram(lengths: np.ndarray) -> str:
     return "".join(" ▁▂▃▄▅▆▇█"[int(np.ceil(8 * n / counts.max()))] for n in counts)
 
 
-def prefix_saving(prepared: Prepared, pass_tokens: int) -> float:
+def prefix_saving(prepared: Prepared) -> float:
     """The share of tokens that need not be computed, as sequences side by side begin alike; on a sample."""
     examples = prepared.examples[:SAVING_OF]
     computed = alone = 0
-    for group in pack(range(len(examples)), examples.sizes, pass_tokens):
+    for group in pack(range(len(examples)), examples.sizes, PASS_TOKENS):
         some = list(examples.at(group))
         computed += len(lay_out(some).tokens)
         alone += sum(len(s.inputs) for e in some for s in e.sequences)
     return 1 - computed / alone if alone else 0.0
 
 
-def lines(found: Checked, asked: Asked) -> list[str]:
+def lines(found: Checked) -> list[str]:
     """What was found, for a person."""
     ledger = found.ledger
     count = len(found.files)
@@ -222,8 +218,6 @@ def lines(found: Checked, asked: Asked) -> list[str]:
         told.append(f"  0 |{histogram(lengths)}| {int(lengths.max()):,}")
         share = ledger.trained_tokens / max(1, ledger.tokens)
         told.append(f"  an epoch trains {ledger.trained_tokens:,} tokens, {share:.0%} of those read")
-        saving = prefix_saving(found.prepared, asked.pass_tokens)
-        told.append(
-            f"  shared beginnings save {saving:.0%} of the computation (passes of {asked.pass_tokens:,} tokens)"
-        )
+        saving = prefix_saving(found.prepared)
+        told.append(f"  shared beginnings save {saving:.0%} of the computation (passes of {PASS_TOKENS:,} tokens)")
     return told

@@ -22,10 +22,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trivium.data.memo import Memo, Tokens, Words
+from trivium.data.memo import Memo, Tokens, Words, placed
 
 if TYPE_CHECKING:
-    from tokenizers import Encoding, Tokenizer
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
 
 GUARD = "\ufdd0"  # no character, by Unicode's own word: no text has it
@@ -128,20 +128,14 @@ class Encoder:
         self.backend.no_padding()
         found: Sequence[Tokens | Words] | None = self.memo.tokens(plain)
         if found is None:
-            found = [self.placed(e) for e in self.backend.encode_batch(plain, add_special_tokens=False)]
+            found = [placed(e) for e in self.backend.encode_batch(plain, add_special_tokens=False)]
         ready = iter(found)
         return [self._guarded_tokens(t) if GUARD in t else next(ready) for t in texts]
 
     def placed_tokens(self, text: str) -> list[tuple[int, int, int]]:
         """(id, start, end) of each token of a text."""
-        found = self.placed(self.backend.encode(text, add_special_tokens=False))
+        found = placed(self.backend.encode(text, add_special_tokens=False))
         return list(zip(found.ids.tolist(), found.start.tolist(), found.end.tolist(), strict=True))
-
-    @staticmethod
-    def placed(encoding: Encoding) -> Tokens:
-        ids = np.array(encoding.ids, np.int32)
-        at = np.array(encoding.offsets, np.int64).reshape(-1, 2)
-        return Tokens(ids, at[:, 0], at[:, 1])
 
     def _guarded_tokens(self, text: str) -> Tokens:
         """The tokens of a text with guards; the places are those in the text as it is given, guards counted."""
@@ -155,7 +149,7 @@ class Encoder:
             to += [*range(last, match.start()), *[match.start()] * len(name)]
             last = match.end()
         to += range(last, len(text) + 1)
-        found = self.placed(twin.encode("".join([*pieces, text[last:]]), add_special_tokens=False))
+        found = placed(twin.encode("".join([*pieces, text[last:]]), add_special_tokens=False))
         own = np.array([ids.get(i, i) for i in found.ids.tolist()], np.int32)
         places = np.array(to, np.int64)
         return Tokens(own, places[found.start], places[found.end])
@@ -167,8 +161,3 @@ def added_bos(tokenizer: PreTrainedTokenizerFast) -> int | None:
     full = tokenizer("a")["input_ids"]
     bos = tokenizer.bos_token_id
     return bos if bos is not None and full[:1] == [bos] and bare[:1] != [bos] else None
-
-
-def canonical(value: Any) -> str:
-    """Plain values as one text, the same whatever the order of keys."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)

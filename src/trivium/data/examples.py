@@ -1,7 +1,7 @@
 """From rows to examples: token ids with a weight per token, and an account of every row. One block at a time.
 
     maker = Maker(Spec("conversation", limit=2048), encoder, template)
-    made = maker.make(block.rows("chats.jsonl"))         # Made: examples as columns, and what became of the rows
+    made = maker.make(block.rows("chats.jsonl"))         # Made: examples, and what became of the others
 
 What becomes of a row longer than ``limit`` is said by ``on_overflow``; nothing is ever cut silently. A part of the
 prepared data (`store`) is what is made of one block, here or in another process (`workers`), the same in both.
@@ -12,6 +12,7 @@ Cost: one batched tokenizer call per block.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -21,14 +22,32 @@ from typing import Any, Literal
 import numpy as np
 
 from trivium.data.chat import ChatTemplate, Rendered, TrainOn
-from trivium.data.encoder import GUARD, Encoder, canonical
-from trivium.data.formats import Conversation, Kind, Pair, Prompt, Rating, RowError, Scored, Text, mapped, parse
+from trivium.data.encoder import GUARD, Encoder
+from trivium.data.formats import (
+    Conversation,
+    Fields,
+    Kind,
+    Pair,
+    Prompt,
+    Rating,
+    RowError,
+    Scored,
+    Text,
+    mapped,
+    parse,
+)  # fmt: skip
 from trivium.data.memo import Tokens, Words
 from trivium.data.readers import BadRow, Row
 from trivium.forest import Example, TokenSequence
 
 Overflow = Literal["error", "drop", "truncate_left", "truncate_right", "split"]
 Pairs = Literal["best_worst", "all"]
+
+
+def overflow(kind: Kind, max_length: int | None, asked: Overflow | None) -> Overflow:
+    """What becomes of over-long rows: what is asked; else texts are split, and other rows are an error where a
+    ``max_length`` was given, or dropped, as the model cannot read them."""
+    return asked or ("split" if kind == "text" else "error" if max_length else "drop")
 
 
 @dataclass(frozen=True)
@@ -44,14 +63,13 @@ class Spec:
 
 @dataclass
 class Made:
-    """What became of a block's rows. ``read == used + len(over_long) + len(set_aside)``."""
+    """What became of a block's rows: those that are in neither list at the end have examples."""
 
     examples: list[Example] = field(default_factory=list)
     lines: list[int] = field(default_factory=list)  # per example: where its row stands,
     digests: list[int] = field(default_factory=list)  # a hash of the row,
     firsts: list[bool] = field(default_factory=list)  # and whether it is the row's first
     read: int = 0
-    used: int = 0
     set_aside: list[tuple[int, str, str]] = field(default_factory=list)  # (line, reason, the row)
     over_long: list[tuple[int, int, str]] = field(default_factory=list)  # (line, tokens, the row)
     counts: Counter[str] = field(default_factory=Counter)  # see `ledger.COUNTS`
@@ -75,7 +93,7 @@ class Maker:
     encoder: Encoder
     template: ChatTemplate | None = None
 
-    def make(self, rows: Iterable[Row | BadRow], fields: dict[str, str] | None = None) -> Made:
+    def make(self, rows: Iterable[Row | BadRow], fields: Fields = ()) -> Made:
         """All rows of a block; ``fields`` renames theirs to ours."""
         made = Made()
         drafts = list(self._drafts(rows, fields, made))
@@ -84,7 +102,7 @@ class Maker:
             finish(drafts, made)
         return made
 
-    def _drafts(self, rows: Iterable[Row | BadRow], fields: dict[str, str] | None, made: Made) -> Iterator[_Draft]:
+    def _drafts(self, rows: Iterable[Row | BadRow], fields: Fields, made: Made) -> Iterator[_Draft]:
         """Rows recognised and rendered; the others are entered as set aside."""
         for row in rows:
             made.read += 1
@@ -92,8 +110,7 @@ class Maker:
                 made.set_aside.append((row.line, row.reason, row.raw))
                 continue
             try:
-                value = mapped(row.value, fields) if fields else row.value
-                texts, each = self._render(parse(value, self.spec.kind))
+                texts, each = self._render(parse(mapped(row.value, fields), self.spec.kind))
             except RowError as error:
                 made.set_aside.append((row.line, str(error), canonical(row.value)))
                 continue
@@ -116,7 +133,7 @@ class Maker:
         if isinstance(parsed, Rating):
             return (template.lay_out_answer(parsed.prompt, parsed.answer, parsed.tools),), 1
         if isinstance(parsed, Prompt):
-            return (Rendered(template.render(parsed.messages, True, parsed.tools), (), 0),), 1
+            return (template.lay_out_prompt(parsed.messages, parsed.tools),), 1
         pairs = parsed.pairs(self.spec.pairs) if isinstance(parsed, Scored) else [parsed]
         laid = [template.lay_out_answer(p.prompt, a, p.tools) for p in pairs for a in (p.chosen, p.rejected)]
         return tuple(laid), 2
@@ -212,11 +229,15 @@ class Maker:
         return [s for s in cut if s.trained_tokens] if self.spec.kind == "conversation" else cut
 
     def _place(self, draft: _Draft, examples: list[Example], made: Made) -> None:
-        made.used += 1
         made.examples += examples
         made.lines += [draft.row.line] * len(examples)
         made.digests += [draft.digest] * len(examples)
         made.firsts += [True] + [False] * (len(examples) - 1)
+
+
+def canonical(value: Any) -> str:
+    """Plain values as one text, the same whatever the order of keys."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), default=str)
 
 
 def digest_of(value: dict[str, Any]) -> int:

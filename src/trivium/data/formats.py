@@ -44,6 +44,7 @@ from trivium.data.misfit import (
     SCORE,
     SCORES,
     TAKEN_BY,
+    Fields,
     Format,
     Kind,
     RowError,
@@ -62,7 +63,7 @@ from trivium.data.misfit import (
 )
 
 __all__ = [
-    "FORMATS", "TAKEN_BY", "Conversation", "Format", "Kind", "Message", "Pair", "Parsed", "Prompt", "Rating",
+    "FORMATS", "TAKEN_BY", "Conversation", "Fields", "Format", "Kind", "Message", "Pair", "Parsed", "Prompt", "Rating",
     "RowError", "Scored", "Text", "format_of", "mapped", "parse",
 ]  # fmt: skip
 

@@ -64,7 +64,7 @@ class Ledger:
     bad: Callable[[], Iterator[BadPlace]] = field(default=lambda: iter(()), repr=False)  # all set aside or over-long
 
     def add(self, account: dict[str, Any], file: str) -> None:
-        """Enter what became of the rows of one part (see `prepare.part_of`)."""
+        """Enter what became of the rows of one part (see `workers.part_of`)."""
         self.read += account["read"]
         for name, n in account["counts"].items():
             self.counts[name] = self.counts.get(name, 0) + n

@@ -28,6 +28,8 @@ TAKEN_BY: dict[Kind, str] = {
     "prompt": "online methods, which are not there yet",
 }
 
+Fields = tuple[tuple[str, str], ...]  # what fields are called: ours, theirs
+
 ROOM = 400  # characters of a reason, about
 
 
@@ -309,16 +311,18 @@ def _example(known: Format) -> str:
 # --- fields by other names
 
 
-def mapped(row: Mapping[str, Any], fields: Mapping[str, str]) -> dict[str, Any]:
+def mapped(row: Mapping[str, Any], fields: Mapping[str, str] | Fields) -> dict[str, Any]:
     """The row with ``fields`` (ours: theirs) set; a dot in theirs goes into a nested object.
 
     Its other fields stay as they are, but for those that were mapped (of a nested one the whole object), and for whole
     conversations where the mapping names the parts of one: what is mapped is what is meant.
     Raises RowError naming a field that is not there, the fields there are, and the nearest.
     """
+    if not fields:
+        return dict(row)
     found = {}
     gone = set()
-    for ours, theirs in fields.items():
+    for ours, theirs in dict(fields).items():
         found[ours] = _reach(row, theirs, ours)
         gone.add(theirs if theirs in row else theirs.split(".")[0])
     if not found.keys().isdisjoint((*ASK, *ASK_TOO, *ANSWER, *ANSWER_TOO)):

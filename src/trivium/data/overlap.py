@@ -3,7 +3,7 @@
 Thirteen in a row is the measure by which contamination is told since GPT-3 (Brown et al. 2020, appendix C). Only what
 is trained counts: one system prompt in all rows is no overlap. Runs are compared by 64-bit hashes.
 
-Cost: one pass over the training tokens, some 20 ns each.
+Cost: one pass over the training tokens.
 """
 
 from __future__ import annotations

@@ -32,16 +32,15 @@ import numpy as np
 
 from trivium.data.chat import ChatTemplate, TrainOn
 from trivium.data.encoder import Encoder
-from trivium.data.examples import Maker, Overflow, Pairs, Spec, held_out_below
-from trivium.data.formats import Kind
+from trivium.data.examples import Maker, Overflow, Pairs, Spec, held_out_below, overflow
+from trivium.data.formats import Fields, Kind
 from trivium.data.ledger import BadPlace, Ledger
 from trivium.data.rows import Listed, Mix, Source, blocks_of, files_of, sha256_of
 from trivium.data.store import Examples, Store
 from trivium.data.workers import Here, Job, Part, Workers, cores, part_of
 from trivium.errors import DataError
 from trivium.files import sha256_json, write_bytes
-from trivium.progress import Progress
-from trivium.train.log import say
+from trivium.terminal import Progress, say
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -68,7 +67,7 @@ class _Unit:
 
     source: Path | Listed
     name: str
-    fields: tuple[tuple[str, str], ...]
+    fields: Fields
     mix: int  # the number of the source that it belongs to
 
 
@@ -89,8 +88,8 @@ def prepare(
 ) -> Prepared:
     """Read, recognise, render and tokenise all rows of ``source``: paths, or rows in memory.
 
-    ``on_overflow`` says what becomes of rows longer than ``max_length`` (or the model's ``context``); left out, texts
-    are split, other rows are an error if ``max_length`` was given, else dropped and counted. ``holdout`` is the part of
+    ``on_overflow`` says what becomes of rows longer than ``max_length`` (or the model's ``context``); left out, it is
+    as `overflow` says. ``holdout`` is the part of
     the rows kept out of training, decided by each row's own content: adding rows moves none from one side to the other,
     and identical rows are on the same side. Raises DataError where a file is missing, nothing useful is left, or more
     than ``bad_rows`` (a share) are unusable; never where that is None.
@@ -98,16 +97,21 @@ def prepare(
     assert kind == "text" or template is not None, "conversations and pairs need a chat template"
     limit = min(max_length or context, context)
     assert limit >= 2, "a sequence needs two tokens: one to predict from and one to predict"
-    how: Overflow = on_overflow or ("split" if kind == "text" else "error" if max_length else "drop")
+    how = overflow(kind, max_length, on_overflow)
     spec = Spec(kind, limit, train_on, "drop" if how == "error" else how, pairs)
     encoder = template.encoder if template is not None else Encoder.of(tokenizer)
     mixes = [_mix(s) for s in ([source] if isinstance(source, (str, Path, Listed, Mix)) else source)]
-    store, accounts = stored(mixes, Maker(spec, encoder, template))
+    units = _units(mixes)
+    store, accounts = _stored(units, Maker(spec, encoder, template))
     ledger = Ledger(source=", ".join(str(m.source) for m in mixes), limit=limit)
     for account in accounts():
         ledger.add(account, store.files[account["file"]])
     ledger.bad = lambda: (BadPlace(store.files[a["file"]], *place) for a in accounts() for place in a["bad"])
-    prepared = _divided(store, mixes, ledger, holdout, duplicates)
+    out = np.ones(len(store), bool) if holdout >= 1 else store.digest < np.uint64(held_out_below(holdout))
+    used, held_out = _divided(store, ledger, out, duplicates)
+    owner = np.array([u.mix for u in units], int)[store.file[used]]
+    sources = tuple((int((owner == n).sum()), mix.weight) for n, mix in enumerate(mixes))
+    prepared = Prepared(store.examples(used), store.examples(held_out), ledger, sources)
     if bad_rows is not None:
         ledger.check(bad_rows, over_long_stops=how == "error")
     return prepared
@@ -117,9 +121,8 @@ def _mix(source: Source | Mix | str) -> Mix:
     return source if isinstance(source, Mix) else Mix(Path(source) if isinstance(source, str) else source)
 
 
-def _divided(store: Store, mixes: list[Mix], ledger: Ledger, holdout: float, duplicates: str) -> Prepared:
-    """The store's examples on their sides; rows are entered in the ledger."""
-    out = np.ones(len(store), bool) if holdout >= 1 else store.digest < np.uint64(held_out_below(holdout))
+def _divided(store: Store, ledger: Ledger, out: np.ndarray, duplicates: str) -> tuple[np.ndarray, np.ndarray]:
+    """The store's examples to train on, and those held ``out``; rows are entered in the ledger."""
     rows = np.flatnonzero(store.first)
     row_of = np.cumsum(store.first) - 1
     known = np.ones(len(rows), bool)
@@ -131,9 +134,7 @@ def _divided(store: Store, mixes: list[Mix], ledger: Ledger, holdout: float, dup
     ledger.used, ledger.held_out = int(store.first[used].sum()), int(store.first[held_out].sum())
     ledger.tokens, ledger.trained_tokens = int(store.total[used].sum()), int(store.trained[used].sum())
     ledger.longest = max(ledger.longest, _longest_row(store, row_of))
-    owner = np.array([u.mix for u in _units(mixes)])[store.file[used]] if len(used) else np.empty(0, int)
-    sources = tuple((int((owner == n).sum()), mix.weight) for n, mix in enumerate(mixes))
-    return Prepared(store.examples(used), store.examples(held_out), ledger, sources)
+    return used, held_out
 
 
 def _longest_row(store: Store, row_of: np.ndarray) -> int:
@@ -152,9 +153,8 @@ def _longest_row(store: Store, row_of: np.ndarray) -> int:
 Accounts = Callable[[], Iterator[dict[str, Any]]]
 
 
-def stored(mixes: list[Mix], maker: Maker) -> tuple[Store, Accounts]:
+def _stored(units: list[_Unit], maker: Maker) -> tuple[Store, Accounts]:
     """The examples of all rows, prepared or found prepared, and the accounts of the parts one by one."""
-    units = _units(mixes)
     names = [u.name for u in units]
     if any(isinstance(u.source, Listed) for u in units):
         jobs = _jobs(units, lambda _: None)

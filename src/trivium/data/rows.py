@@ -27,7 +27,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, cast
 
-from trivium.data.formats import RowError, Text, mapped, parse
+from trivium.data.formats import Fields, RowError, Text, mapped, parse
 from trivium.data.readers import READERS, BadRow, Block, Row
 from trivium.errors import DataError, listed, nearest
 
@@ -74,7 +74,7 @@ class Mix:
 
     source: Source
     weight: float | None = None
-    fields: tuple[tuple[str, str], ...] = ()
+    fields: Fields = ()
 
     def files(self) -> list[Path]:
         """Its files; none where the rows are in memory. Raises DataError."""
@@ -125,7 +125,7 @@ def good_rows(
         for row in read_rows(mix.source):
             if isinstance(row, Row) and (wanted is None or wanted(row.value)):
                 with contextlib.suppress(RowError):
-                    yield mapped(row.value, dict(mix.fields)) if mix.fields else row.value
+                    yield mapped(row.value, mix.fields)
 
 
 def texts_of(sources: Iterable[Source | Mix], wanted: Callable[[dict[str, Any]], bool] | None = None) -> Iterator[str]:

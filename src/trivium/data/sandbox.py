@@ -17,6 +17,7 @@ from jinja2.runtime import Context, LoopContext, Macro
 from jinja2.sandbox import ImmutableSandboxedEnvironment, safe_range
 from jinja2.utils import Namespace
 
+from trivium.data.messages import REASONING
 from trivium.data.sandbox_meter import CHARACTERS, SOURCE, TemplateRefused
 from trivium.data.sandbox_operations import METHODS, Formatter, Operations
 from trivium.data.sandbox_rewrite import Generation, Rewriter
@@ -24,7 +25,6 @@ from trivium.data.sandbox_rewrite import Generation, Rewriter
 __all__ = ["Template", "TemplateRefused"]
 
 # The names under which templates know an answer's reasoning; transformers hands each under all of them.
-REASONING = ("reasoning_content", "thinking", "reasoning")
 _OF_DICT = frozenset(dir(dict))
 
 

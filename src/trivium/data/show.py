@@ -1,7 +1,7 @@
 """Rows as the model will see them: every token, which are trained, which are control tokens, what is shared.
 
-    for piece in pieces(example, encoder):      # Piece: a run of tokens of one look, and where it stands in the tree
-    print(as_text(...)); as_html(...)
+    shown = branches(example, encoder)      # what its sequences share, then each of them
+    print(as_text(shown, example.origin, colour=True)); as_html([(example.origin, shown)], "rows")
 
 What sequences share is shown once; where they part, each goes on in a branch of its own.
 """

@@ -26,6 +26,7 @@ from typing import IO, Any
 from trivium.data.chat import ChatTemplate
 from trivium.data.encoder import Encoder
 from trivium.data.examples import Maker, Spec
+from trivium.data.formats import Fields
 from trivium.data.readers import Block
 from trivium.data.store import encode_part
 
@@ -39,7 +40,7 @@ class Job:
     block: Block
     file: int
     name: str
-    fields: tuple[tuple[str, str], ...] = ()
+    fields: Fields = ()
 
 
 Part = tuple[dict[str, Any], bytes]  # the account of the rows, and the Arrow file of the examples
@@ -49,9 +50,9 @@ def part_of(maker: Maker, job: Job) -> Part:
     """Make the examples of a block. The account: rows read, what is counted, and every row that is not used, as
     (line, reason, tokens if over-long, row); and what the bytes must be."""
     collects = gc.isenabled()
-    gc.disable()  # a block makes a million things, none of them in a circle, and looking for circles takes a third
+    gc.disable()  # a block makes a million things, none of them in a circle: looking for circles takes long
     try:
-        made = maker.make(job.block.rows(job.name), dict(job.fields))
+        made = maker.make(job.block.rows(job.name), job.fields)
         data = encode_part(made, job.file)
     finally:
         if collects:

@@ -16,7 +16,7 @@ from trivium.files import make_folder, read_json, sha256_json, write_json, write
 from trivium.recipe_file import parse_recipe
 from trivium.report.write import REPORT
 from trivium.summary import SUMMARY, aligned, table
-from trivium.train.log import clock, say
+from trivium.terminal import clock, say
 
 if TYPE_CHECKING:
     from trivium.evaluate.judge import Judge, Verdict

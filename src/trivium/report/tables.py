@@ -7,7 +7,7 @@ from typing import Any
 from trivium.report.figures import colours
 from trivium.report.gather import RunView
 from trivium.summary import cost_table
-from trivium.train.log import clock, size
+from trivium.terminal import clock, size
 
 
 def facts(run: RunView) -> list[tuple[str, str]]:

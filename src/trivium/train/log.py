@@ -12,40 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from trivium.files import clear_errors
+from trivium.terminal import PLAIN_EVERY, clock, say, size
 
 if TYPE_CHECKING:
     from trivium.train.loop import StepLog
     from trivium.train.track import Tracker
 
-PLAIN_EVERY = 10.0  # seconds between plain lines where there is no terminal
 UNSHOWN = ("margin", "logprob_chosen", "logprob_rejected", "bits_per_byte")  # held-out metrics of the file alone
-
-
-def say(text: str) -> None:
-    """One line for a person, to standard error: standard output is for results."""
-    print(text, file=sys.stderr, flush=True)
-
-
-def clock(seconds: float) -> str:
-    """``4:05`` or ``1:02:03``."""
-    minutes, rest = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
-
-
-def size(count: float) -> str:
-    """Bytes for people: ``1.2 GB``."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"
-
-
-def shown(path: Path) -> str:
-    """A path as a person would type it here."""
-    here = Path.cwd()
-    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 class TrainingLog:

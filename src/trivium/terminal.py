@@ -1,22 +1,49 @@
-"""How far something is that takes more than a second: a bar in a terminal, a line now and then elsewhere."""
+"""What people are told while something is done: lines, times and sizes in words, and how far it is."""
 
 from __future__ import annotations
 
 import sys
 import time
+from pathlib import Path
 from typing import TYPE_CHECKING
-
-from trivium.train.log import clock, say
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bar
 
 AFTER = 1.0  # seconds before anything is shown
-PLAIN_EVERY = 15.0  # seconds between lines where there is no terminal
+PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+
+
+def say(text: str) -> None:
+    """One line for a person, to standard error: standard output is for results."""
+    print(text, file=sys.stderr, flush=True)
+
+
+def clock(seconds: float) -> str:
+    """``4:05`` or ``1:02:03``."""
+    minutes, rest = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def size(count: float) -> str:
+    """Bytes for people: ``1.2 GB``."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" or count >= 100 else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"
+
+
+def shown(path: Path) -> str:
+    """A path as a person would type it here."""
+    here = Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 class Progress:
-    """``with Progress("preparing", total) as progress: progress.to(done)``."""
+    """``with Progress("preparing", total) as progress: progress.to(done)``: a bar in a terminal, for what takes more
+    than a second; elsewhere a line now and then."""
 
     def __init__(self, what: str, total: int) -> None:
         self.what, self.total = what, max(1, total)
