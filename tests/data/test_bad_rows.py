@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 from tokenizers import AddedToken
 
+from trivium.data.blocks import LONGEST_LINE
 from trivium.data.check import Asked, as_json, check
 from trivium.data.ledger import BadPlace
 from trivium.data.prepare import prepare
-from trivium.data.readers import LONGEST_LINE
 from trivium.data.rows import Mix
 from trivium.data.templates import chat_template
 from trivium.data.tokenizer import train_tokenizer

@@ -90,6 +90,13 @@ def test_where_it_cannot_be_proved_the_tokenizer_does_the_work(backend: Tokenize
     assert Memo(backend).tokens(["a b"]) is None
 
 
+def test_a_pattern_that_counts_across_words_is_found_out() -> None:
+    backend = made(BYTE_LEVEL)  # no token of which goes on over a space
+    backend.pre_tokenizer = split(r"[\s\S]{1,3}")
+    assert can_be_cut(backend)
+    assert not Memo(backend).holds
+
+
 def test_a_difference_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trivium.data.memo.can_be_cut", lambda _: True)
     memo = Memo(made(split(r"\S+ \S+|\s+|\S+")))

@@ -16,11 +16,11 @@ import numpy as np
 import pytest
 
 from trivium.data import prepare as preparing
+from trivium.data.blocks import Block
 from trivium.data.encoder import Encoder
 from trivium.data.examples import Maker, Spec
 from trivium.data.overlap import overlap
 from trivium.data.prepare import Prepared, prepare
-from trivium.data.readers import Block
 from trivium.data.rows import Listed, Mix
 from trivium.data.templates import chat_template
 from trivium.data.tokenizer import train_tokenizer
@@ -60,7 +60,7 @@ def same(a: Prepared, b: Prepared) -> bool:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Many small blocks, and a cache of this test's own."""
-    monkeypatch.setattr("trivium.data.readers.BLOCK", 2000)
+    monkeypatch.setattr("trivium.data.blocks.BLOCK", 2000)
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path / "cache"))
 
 
@@ -124,8 +124,8 @@ CHILD = """
 import sys, time
 from pathlib import Path
 sys.path.insert(0, {tests!r})
-from trivium.data import prepare as preparing, readers, workers
-readers.BLOCK = 2000
+from trivium.data import blocks, prepare as preparing
+blocks.BLOCK = 2000
 write = preparing.write_bytes
 def slowly(*a, **k):
     time.sleep(0.02)

@@ -67,7 +67,7 @@ def test_json_array_on_one_line_numbers_its_elements(tmp_path: Path) -> None:
 
 
 def test_an_array_larger_than_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("trivium.data.readers.BLOCK", 7)  # every value, word and character is cut somewhere
+    monkeypatch.setattr("trivium.data.blocks.BLOCK", 7)  # every value, word and character is cut somewhere
     values = [{"text": "ö" * n, "n": [True, None, 12345]} for n in range(30)]
     file = tmp_path / "a.json"
     file.write_text(json.dumps(values, ensure_ascii=False, indent=1), encoding="utf-8")
@@ -82,7 +82,7 @@ def test_blocks_of_any_size_give_the_same_rows(tmp_path: Path, monkeypatch: pyte
     file = tmp_path / "a.jsonl"
     file.write_bytes(b"".join(b'{"n": %d}\n' % n for n in range(50)) + b'\n{"cut')
     whole = list(read_rows(file))
-    monkeypatch.setattr("trivium.data.readers.BLOCK", size)
+    monkeypatch.setattr("trivium.data.blocks.BLOCK", size)
     assert list(read_rows(file)) == whole
     assert whole[-1].line == 52
 
@@ -90,8 +90,8 @@ def test_blocks_of_any_size_give_the_same_rows(tmp_path: Path, monkeypatch: pyte
 def test_a_line_too_long_to_be_a_row_is_named_and_the_rest_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("trivium.data.readers.LONGEST_LINE", 5000)
-    monkeypatch.setattr("trivium.data.readers.BLOCK", 1000)
+    monkeypatch.setattr("trivium.data.blocks.LONGEST_LINE", 5000)
+    monkeypatch.setattr("trivium.data.blocks.BLOCK", 1000)
     lines = [b'{"n": 1}', b'{"text": "' + b"x" * 20_000 + b'"}', b'{"n": 3}', b'{"n": "' + b"y" * 4900 + b'"}', b"{}"]
     for name, packed in (("a.jsonl", False), ("a.jsonl.gz", True)):
         data = b"\n".join(lines)

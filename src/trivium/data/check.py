@@ -17,13 +17,13 @@ from typing import Any
 
 import numpy as np
 
+from trivium.data.blocks import BadRow, Row
 from trivium.data.chat import ChatTemplate, TrainOn
 from trivium.data.examples import Overflow, digest_of, overflow
 from trivium.data.formats import TAKEN_BY, Fields, Format, Kind, RowError, format_of, mapped, parse
 from trivium.data.ledger import BadPlace, Ledger
 from trivium.data.loader import pack
 from trivium.data.prepare import Prepared, prepare
-from trivium.data.readers import BadRow, Row
 from trivium.data.rows import Mix, read_rows
 from trivium.errors import DataError
 from trivium.forest import lay_out

@@ -1,7 +1,7 @@
 """From rows to examples: token ids with a weight per token, and an account of every row. One block at a time.
 
     maker = Maker(Spec("conversation", limit=2048), encoder, template)
-    made = maker.make(block.rows("chats.jsonl"))         # Made: examples, and what became of the others
+    made = maker.make(rows_of(block, "chats.jsonl"))         # Made: examples, and what became of the others
 
 What becomes of a row longer than ``limit`` is said by ``on_overflow``; nothing is ever cut silently. A part of the
 prepared data (`store`) is what is made of one block, here or in another process (`workers`), the same in both.
@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import numpy as np
 
+from trivium.data.blocks import BadRow, Row
 from trivium.data.chat import ChatTemplate, Rendered, TrainOn
 from trivium.data.encoder import GUARD, Encoder
 from trivium.data.formats import (
@@ -37,7 +38,6 @@ from trivium.data.formats import (
     parse,
 )  # fmt: skip
 from trivium.data.memo import Tokens, Words
-from trivium.data.readers import BadRow, Row
 from trivium.forest import Example, TokenSequence
 
 Overflow = Literal["error", "drop", "truncate_left", "truncate_right", "split"]

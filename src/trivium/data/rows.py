@@ -27,11 +27,10 @@ from importlib import import_module
 from pathlib import Path
 from typing import IO, Any, cast
 
+from trivium.data.blocks import ROWS, BadRow, Block, Row
 from trivium.data.formats import Fields, RowError, Text, mapped, parse
-from trivium.data.readers import READERS, BadRow, Block, Row
+from trivium.data.readers import READERS, rows_of
 from trivium.errors import DataError, listed, nearest
-
-LISTED_BLOCK = 500  # rows in memory that are handed on together
 
 _ENDINGS = ", ".join(READERS) + ", each also with .gz or .zst"
 
@@ -48,8 +47,8 @@ class Listed:
 
     def blocks(self) -> Iterator[Block]:
         """The rows as they would come out of a JSON file: plain values, whatever objects they were made of."""
-        for first in range(0, len(self.rows), LISTED_BLOCK):
-            some = enumerate(self.rows[first : first + LISTED_BLOCK], first + 1)
+        for first in range(0, len(self.rows), ROWS):
+            some = enumerate(self.rows[first : first + ROWS], first + 1)
             yield Block("rows", read=[(line, *_plain(value), False) for line, value in some])
 
 
@@ -89,11 +88,11 @@ def read_rows(source: Source) -> Iterator[Row | BadRow]:
     """
     if isinstance(source, Listed):
         for block in source.blocks():
-            yield from block.rows(source.name)
+            yield from rows_of(block, source.name)
         return
     for file in files_of(source):
         for block in blocks_of(file):
-            yield from block.rows(str(file))
+            yield from rows_of(block, str(file))
 
 
 def blocks_of(file: Path, told: Callable[[int], None] = lambda _: None) -> Iterator[Block]:

@@ -23,11 +23,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from trivium.data.blocks import Block
 from trivium.data.chat import ChatTemplate
 from trivium.data.encoder import Encoder
 from trivium.data.examples import Maker, Spec
 from trivium.data.formats import Fields
-from trivium.data.readers import Block
+from trivium.data.readers import rows_of
 from trivium.data.store import encode_part
 
 _LENGTHS = struct.Struct("<QQ")
@@ -52,7 +53,7 @@ def part_of(maker: Maker, job: Job) -> Part:
     collects = gc.isenabled()
     gc.disable()  # a block makes a million things, none of them in a circle: looking for circles takes long
     try:
-        made = maker.make(job.block.rows(job.name), job.fields)
+        made = maker.make(rows_of(job.block, job.name), job.fields)
         data = encode_part(made, job.file)
     finally:
         if collects:
