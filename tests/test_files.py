@@ -11,7 +11,16 @@ import pytest
 
 from trivium import files
 from trivium.errors import DiskError, ModelError
-from trivium.files import clear_errors, folder_bytes, make_folder, read_json, sha256_json, whole_folder, write_json
+from trivium.files import (
+    MANIFEST,
+    clear_errors,
+    folder_bytes,
+    make_folder,
+    read_json,
+    sha256_json,
+    whole_folder,
+    write_json,
+)
 
 
 def test_json_comes_back(tmp_path):
@@ -70,7 +79,7 @@ def test_a_new_folder_replaces_all_of_the_old_one(tmp_path):
     for name in ("a", "b"):
         with whole_folder(final) as partial:
             (partial / name).touch()
-    assert [p.name for p in final.iterdir()] == ["b"]
+    assert sorted(p.name for p in final.iterdir()) == ["b", MANIFEST]
     assert [p.name for p in tmp_path.iterdir()] == ["stage"]
 
 
@@ -81,7 +90,11 @@ def test_what_a_killed_process_left_is_swept(tmp_path):
     (tmp_path / "stage").mkdir()
     with whole_folder(tmp_path / "stage") as partial:
         (partial / "a").touch()
-    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == ["stage", "stage/a"]
+    assert sorted(p.relative_to(tmp_path).as_posix() for p in tmp_path.rglob("*")) == [
+        "stage",
+        "stage/a",
+        "stage/manifest.json",
+    ]
 
 
 def test_files_can_be_read_by_whom_the_umask_allows(tmp_path):
@@ -101,6 +114,7 @@ def test_files_can_be_read_by_whom_the_umask_allows(tmp_path):
         (OSError(errno.EDQUOT, "Disk quota exceeded"), "the disk is full"),
         (RuntimeError("I/O error: No space left on device (os error 28)"), "the disk is full"),
         (PermissionError(errno.EACCES, "Permission denied"), "cannot be written (Permission denied)"),
+        (OSError(errno.EIO, "Input/output error"), "the disk failed (Input/output error)"),
         (OSError(errno.EROFS, "Read-only file system"), "cannot be written (Read-only file system)"),
     ],
 )
@@ -112,7 +126,7 @@ def test_the_disks_errors_are_one_line(error, says, tmp_path):
     assert caught.value.exit_code == 3
 
 
-@pytest.mark.parametrize("error", [KeyError("ours"), OSError(errno.EIO, "Input/output error")])
+@pytest.mark.parametrize("error", [KeyError("ours"), OSError(errno.ENXIO, "No such device or address")])
 def test_other_errors_stay_what_they_are(error, tmp_path):
     with pytest.raises(type(error)) as caught, clear_errors(tmp_path):
         raise error

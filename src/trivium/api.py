@@ -24,7 +24,7 @@ from trivium.data.templates import chat_template
 from trivium.errors import DiskError, ModelError, RecipeError
 from trivium.evaluate.held_out import evaluate
 from trivium.evaluate.judge import Judge
-from trivium.files import clear_errors, sha256_json, whole_folder, write_json
+from trivium.files import sha256_json, whole_folder, write_json
 from trivium.folder import Opened, identity_of, open_folder, place, record_of, save
 from trivium.model.proof import prove
 from trivium.objectives import objective
@@ -34,7 +34,8 @@ from trivium.recipe import DataSource, Recipe, Stage
 from trivium.recipe_file import read_recipe, recipe_of
 from trivium.stage_data import InMemory, packed, stage_examples
 from trivium.stage_proof import probe
-from trivium.stage_runner import StageRun, run_stage
+from trivium.stage_runner import run_stage
+from trivium.stage_work import StageRun
 from trivium.stages import resolve
 from trivium.start import Link, data_hashes, fresh_model, link_of, tokenizer_from
 from trivium.summary import link_record, stage_identity, stage_record
@@ -52,17 +53,21 @@ def run(
     overrides: Iterable[str] = (),
     until: str | None = None,
     judge: Judge | None = None,
+    fresh: bool = False,
+    accept_changed_data: bool = False,
 ) -> dict[str, Any]:
     """Carry out a recipe, a YAML file or the same as a mapping; returns what ``summary.json`` holds.
 
     ``overrides`` are ``key=value`` as `trivium run --set` takes them; ``judge`` looks at answers while it trains
-    (`trivium.evaluate.judge`). Raises a UserError with what is wrong and what to do.
+    (`trivium.evaluate.judge`). What was interrupted goes on; ``fresh`` starts over and keeps the old folder aside,
+    ``accept_changed_data`` goes on with other rows. Raises a UserError with what is wrong and what to do.
     """
     if isinstance(recipe, Mapping):
         read = recipe_of(dict(recipe), Path("recipe"), list(overrides))
     else:
         read = read_recipe(Path(recipe), list(overrides))
-    return run_recipe(read, Path(out) if out is not None else Path("runs") / read.name, until, judge)
+    folder = Path(out) if out is not None else Path("runs") / read.name
+    return run_recipe(read, folder, until, judge, fresh, accept_changed_data)
 
 
 def load(source: str | Path, *, device: str | None = None, dtype: str = "auto") -> Model:
@@ -246,7 +251,7 @@ class Model:
         model, hung = self._opened.model, deltas.deltas(self.hf)
         if hung and self._base is None:
             self._base = str(written_base(model, final.with_name(f"{final.name}-base")))
-        with whole_folder(final) as partial, clear_errors(final):
+        with whole_folder(final) as partial:
             save(model, self._opened.settings, self._base, partial)
             write_json(partial / "trivium.json", self._record(final))
         if not hung:

@@ -6,21 +6,35 @@ with the same identity is kept; everything after a changed stage runs again. A f
 
 from __future__ import annotations
 
+import datetime
 import time
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trivium.checks import check_data, check_fit, check_sizes, check_texts
-from trivium.errors import ModelError, RecipeError, nearest
-from trivium.files import clear_errors, make_folder, whole_folder, write_json
+from trivium.errors import CheckpointError, ModelError, RecipeError, nearest
+from trivium.files import MANIFEST, clear_errors, damage, make_folder, sha256_json, sweep, whole_folder, write_json
+from trivium.lock import LOCK, only_run
 from trivium.measures import Measures
 from trivium.recipe import Recipe, Stage
 from trivium.report.write import REPORT, write_report
-from trivium.stages import resolve
-from trivium.start import Link, add_tokens, data_hashes, given_method, is_start, new_start, overrides, start_of
+from trivium.stages import RESULT, identity_settings, resolve
+from trivium.start import (
+    Link,
+    add_tokens,
+    data_hashes,
+    file_hashes,
+    given_method,
+    is_start,
+    new_start,
+    overrides,
+    start_of,
+)
 from trivium.summary import SHOWN, SUMMARY, stage_identity, stage_record, summary_of
 from trivium.terminal import clock, say, shown, size
 from trivium.train.track import check_tracker, open_tracker
+from trivium.under_way import TRAINING, under_way
 
 if TYPE_CHECKING:
     from trivium.evaluate.judge import Judge
@@ -28,10 +42,15 @@ if TYPE_CHECKING:
 BASE = "model"  # where a base is written that no path names: new, dequantised, or with overrides
 
 
-def run_recipe(recipe: Recipe, out: Path, until: str | None = None, judge: Judge | None = None) -> dict[str, Any]:
+def run_recipe(
+    recipe: Recipe, out: Path, until: str | None = None, judge: Judge | None = None, fresh: bool = False,
+    accept_changed_data: bool = False,
+) -> dict[str, Any]:  # fmt: skip
     """Run what has to be run; writes ``summary.json`` and ``report.html``, and returns the summary.
 
-    ``judge`` looks at answers along the way, and at the end of each stage (`evaluate.judge`).
+    ``judge`` looks at answers along the way, and at the end of each stage (`evaluate.judge`). A stage that was
+    interrupted goes on where it was, also with other rows where ``accept_changed_data`` says so. ``fresh`` starts over
+    and keeps the old folder aside. Raises BusyError where another run is at work in ``out``.
     """
     stages = _up_to(recipe, until)
     for stage in stages:  # first what needs no library that takes seconds to import
@@ -42,6 +61,21 @@ def run_recipe(recipe: Recipe, out: Path, until: str | None = None, judge: Judge
     check_sizes(recipe)
     out = make_folder(out).resolve()  # adapters name their base: PEFT looks for it from wherever it is started
     ordered = [settings[stage.name] for stage in stages]
+    if fresh:
+        with only_run(out):
+            say(f"--fresh: what was there is kept in {shown(set_aside(out))}")
+        make_folder(out)
+    with only_run(out) as left:
+        if left:
+            say(f"note: {left}")
+        return _in_order(recipe, ordered, notes, out, judge, accept_changed_data)
+
+
+def _in_order(
+    recipe: Recipe, ordered: list[Stage], notes: dict[str, list[str]], out: Path, judge: Judge | None, accept: bool
+) -> dict[str, Any]:
+    """All stages, one after the other; returns the summary."""
+    sweep(out)
     measures = Measures(out, recipe, ordered, judge)
     links: dict[str, Link] = {}
     summary: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, "stages": []}
@@ -54,7 +88,7 @@ def run_recipe(recipe: Recipe, out: Path, until: str | None = None, judge: Judge
             start = start_of(recipe, full, out)
         came_from = links[full.from_] if full.from_ else start
         assert came_from is not None
-        record = _stage(recipe, full, came_from, out, ordered, judge)
+        record = _stage(recipe, full, came_from, out, ordered, judge, accept)
         links[full.name] = Link(str(out / full.name), record["identity"], record["lineage"])
         if len(links) == 1:  # only now, as a mistake in the data should not have to wait for it
             measures.of_start(recipe, came_from, full)
@@ -89,7 +123,7 @@ def _resolved(recipe: Recipe, stages: list[Stage]) -> tuple[dict[str, Stage], di
 
 
 def _stage(
-    recipe: Recipe, stage: Stage, parent: Link, out: Path, stages: list[Stage], judge: Judge | None
+    recipe: Recipe, stage: Stage, parent: Link, out: Path, stages: list[Stage], judge: Judge | None, accept: bool
 ) -> dict[str, Any]:
     """Run one stage, or find it done; ``stages`` are all of the run, checked against its model before it is trained."""
     from trivium.folder import record_of
@@ -99,10 +133,17 @@ def _stage(
     final = out / stage.name
     found = record_of(final) if final.is_dir() else None
     if found is not None and found["identity"] == identity and all(key in found for key in SHOWN):
+        check_whole(final, quick=True)
         say(f"  done before ({identity[:12]}), not run again")
         return found
     if final.exists() and found is None:
         raise ModelError(f"{final}: in the way, and not a folder of trivium", "move it away, or choose another --out")
+    settings = {k: v for k, v in identity_settings(stage).items() if k not in RESULT}
+    training = sha256_json([parent.identity, data, settings])
+    about = {"training": training, "parent": parent.identity, "settings": settings, "data": file_hashes(stage)}
+    going = under_way(out, stage.name, about, accept)
+    if stage.from_:
+        check_whole(Path(parent.source))
     started = time.perf_counter()
     with whole_folder(final) as partial:
         run, base = _opened(recipe, stage, parent, out, partial)
@@ -110,7 +151,9 @@ def _stage(
         opening = time.perf_counter() - started
         from trivium.stage_runner import run_stage
 
-        run.judge = judge
+        run.judge, run.under_way = judge, going
+        if going.date is not None and stage.date is None:
+            run.stage = stage.model_copy(update={"date": datetime.date.fromisoformat(going.date)})
         run.tracker = lambda: open_tracker(recipe.track, recipe.name, stage.name, out, stage.model_dump(by_alias=True))
         report = run_stage(run)
         report["setup_seconds"] += opening
@@ -118,7 +161,30 @@ def _stage(
         record = stage_record(stage, parent, final, identity, base(), data, report)
         write_json(partial / "trivium.json", record)
     say(f"  saved {shown(final)} ({size(record['bytes_on_disk'])}, {clock(time.perf_counter() - started)})")
+    going.done(stage, record)
     return record
+
+
+def check_whole(folder: Path, quick: bool = False) -> None:
+    """Raises CheckpointError where a finished stage's folder is not as it was written."""
+    if not (folder / MANIFEST).is_file():
+        return  # not made here, or before there were manifests
+    if (reason := damage(folder, quick=quick)) is not None:
+        raise CheckpointError(reason, f"restore it from a copy, or delete {shown(folder)}, and its stage is run again")
+
+
+def set_aside(out: Path) -> Path:
+    """Give a run's folder another name, which is returned. Raises ModelError where it is no run's."""
+    there = [p for p in out.iterdir() if p.name != LOCK]
+    ours = [p for p in there if p.name == SUMMARY or p.name.endswith(TRAINING) or (p / "trivium.json").is_file()]
+    if there and not ours:
+        raise ModelError(f"{out}: not a run of trivium, so it is not moved", "choose another --out")
+    number = next(n for n in count(1) if not out.with_name(f"{out.name}.{n}").exists())
+    aside = out.with_name(f"{out.name}.{number}")
+    with clear_errors(out):
+        (out / LOCK).unlink()
+        out.rename(aside)
+    return aside
 
 
 def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path) -> tuple[Any, Any]:
@@ -180,7 +246,7 @@ def written_base(model: Any, folder: Path) -> Path:
     from trivium.data.templates import chat_template
     from trivium.folder import save_model
 
-    with whole_folder(folder) as partial, clear_errors(folder):
+    with whole_folder(folder) as partial:
         save_model(model, partial, chat_template(model.tokenizer))
     say(f"  the frozen base is written to {shown(folder)}")
     return folder

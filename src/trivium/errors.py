@@ -4,7 +4,9 @@
     ├── RecipeError         the recipe: a key, a value, a contradiction             2
     ├── DataError           the data: a file, a row, nothing to learn from          2
     ├── ModelError          a model, tokenizer, template or adapter folder          2
+    ├── BusyError           another run has the folder                              2
     ├── DiskError           no room, no permission, not writable                    3
+    ├── CheckpointError     what was saved is damaged, and nothing else is there    4
     ├── NonFiniteError      a loss or gradient that is not a number                 5
     └── Interrupted         stopped by a person or the system; run again            75
 
@@ -44,10 +46,20 @@ class ModelError(UserError):
     """A model, tokenizer, chat template or adapter folder cannot be used."""
 
 
+class BusyError(UserError):
+    """Another process is at work in the folder."""
+
+
 class DiskError(UserError):
     """Something durable could not be written."""
 
     exit_code = 3
+
+
+class CheckpointError(UserError):
+    """What was saved is not as it was written, and there is nothing whole to go on from."""
+
+    exit_code = 4
 
 
 class NonFiniteError(UserError):

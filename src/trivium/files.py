@@ -1,7 +1,10 @@
 """The one seam through which anything durable is written: whole or absent.
 
-A folder is written beside its final place under a temporary name, every file fsynced, and renamed at the end.
-Errors of the disk become `DiskError` with the path and what is needed.
+A folder is written beside its final place under a temporary name, every file fsynced, a manifest of sizes and hashes
+written last, and renamed at the end. Errors of the disk become `DiskError` with the path and what is needed.
+
+Every change of the disk is one call of `operation(name, path, act)`. A test puts a function of its own there, and so
+counts, fails or loses the k-th of them, or lets the process die at it (`tests/crash`).
 """
 
 from __future__ import annotations
@@ -12,18 +15,36 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trivium.errors import DiskError, ModelError, UserError
 
-PARTIAL = ".partial"
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PARTIAL = ".partial"  # being written
+OLD = ".old"  # about to be replaced
+GONE = ".gone"  # about to be deleted
+MANIFEST = "manifest.json"
+NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
+
+
+def _operation(name: str, path: Path, act: Callable[[], Any]) -> Any:
+    return act()
+
+
+operation = _operation
+
+
+def _do(name: str, path: Path, act: Callable[[], Any]) -> None:
+    operation(name, path, act)
 
 
 @contextlib.contextmanager
-def clear_errors(path: Path) -> Iterator[None]:
-    """One line for a disk that is full, read-only or not ours."""
+def clear_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """One line for a disk that is full, read-only or not ours. ``needed``: bytes that were to be written."""
     try:
         yield
     except UserError:
@@ -31,18 +52,35 @@ def clear_errors(path: Path) -> Iterator[None]:
     except Exception as error:
         # safetensors reports the system's errors as text, in an exception of its own
         code = error.errno if isinstance(error, OSError) else None
-        if code in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error):
-            free = shutil.disk_usage(_existing(path)).free
-            raise DiskError(
-                f"{path}: the disk is full ({free / 2**20:,.0f} MB free)", "free some space, then run the same command"
-            ) from None
+        if code in NO_ROOM or "No space left" in str(error) or "quota exceeded" in str(error):
+            raise no_room(path, needed) from None
         if not isinstance(error, OSError):
             raise
         if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
             raise DiskError(
                 f"{path}: cannot be written ({error.strerror})", "choose another folder with --out"
             ) from None
+        if code in (errno.EIO, errno.ENODEV, errno.ESTALE):
+            raise DiskError(
+                f"{path}: the disk failed ({error.strerror})", "mend it, then run the same command"
+            ) from None
         raise
+
+
+def no_room(path: Path, needed: int | None) -> DiskError:
+    """What is said where ``needed`` bytes do not go to the disk of ``path``."""
+    free = shutil.disk_usage(_existing(path)).free
+    wanted = f"{needed / 2**20:,.1f} MB needed, " if needed else ""
+    what = f"{path}: the disk is full ({wanted}{free / 2**20:,.1f} MB free)"
+    return DiskError(what, "free some space, then run the same command")
+
+
+def check_room(path: Path, needed: int, what: str, remedy: str) -> None:
+    """Raises DiskError where the disk of ``path`` has no room for ``needed`` more bytes."""
+    free = shutil.disk_usage(_existing(path)).free
+    if free < needed:
+        sizes = f"{needed / 2**20:,.1f} MB needed, {free / 2**20:,.1f} MB free"
+        raise DiskError(f"{path}: not enough room for {what} ({sizes})", remedy)
 
 
 def _existing(path: Path) -> Path:
@@ -69,13 +107,54 @@ def write_bytes(path: Path, data: bytes, durable: bool = True) -> None:
     damaged, which its reader must notice: for what can be made again."""
     mine = "" if durable else f".{os.getpid()}"  # two processes may make the same
     temporary = path.with_name(path.name + mine + PARTIAL)
-    with clear_errors(path):
-        with temporary.open("wb") as file:
-            file.write(data)
+    with clear_errors(path, len(data)):
+        try:
+            _do("write", temporary, lambda: temporary.write_bytes(data))
             if durable:
-                file.flush()
-                os.fsync(file.fileno())
-        temporary.replace(path)
+                _do("fsync", temporary, lambda: _fsync(temporary))
+            _do("rename", path, lambda: temporary.replace(path))
+            if durable:
+                _do("fsync", path.parent, lambda: _fsync(path.parent))
+        except BaseException:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors as safetensors, plainly: into a folder that is whole or absent."""
+    from safetensors.torch import save_file
+
+    ready = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    needed = sum(t.numel() * t.element_size() for t in ready.values())
+    with clear_errors(path, needed):
+        _do("write", path, lambda: save_file(ready, path))
+
+
+def append_line(path: Path, line: str) -> None:
+    """Add a line to a file, and make it durable."""
+
+    def add() -> None:
+        with path.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+
+    with clear_errors(path):
+        _do("write", path, add)
+        _do("fsync", path, lambda: _fsync(path))
+
+
+def write_by(path: Path, act: Callable[[], Any]) -> None:
+    """Let ``act``, of another library, write into the folder ``path`` that is whole or absent, as one operation."""
+    with clear_errors(path):
+        _do("write", path, act)
+
+
+def _fsync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -99,46 +178,122 @@ def read_json(path: Path) -> Any:
 def start_folder(final: Path) -> Path:
     """An empty folder beside ``final`` to write into; what an earlier, unfinished attempt left there is removed."""
     partial = final.with_name(final.name + PARTIAL)
+    recover(final)
     with clear_errors(partial):
-        if partial.exists():
-            shutil.rmtree(partial)
-        partial.mkdir(parents=True)
+        _do("mkdir", partial, lambda: partial.mkdir(parents=True))
     return partial
 
 
+def recover(final: Path) -> None:
+    """Put back what was to be replaced, where the process died before the new one was in its place; sweep the rest."""
+    partial, old = (final.with_name(final.name + ending) for ending in (PARTIAL, OLD))
+    with clear_errors(final):
+        if old.exists() and not final.exists():
+            _do("rename", final, lambda: old.rename(final))
+        for left in (partial, old):
+            if left.exists():
+                _do("remove", left, lambda left=left: shutil.rmtree(left))  # type: ignore[misc]
+
+
 @contextlib.contextmanager
-def whole_folder(final: Path) -> Iterator[Path]:
-    """A folder to write into that becomes ``final`` at the end of the block, and is gone where the block fails."""
+def whole_folder(final: Path, about: Mapping[str, Any] | None = None) -> Iterator[Path]:
+    """A folder to write into that becomes ``final`` at the end of the block, and is gone where the block fails.
+
+    ``about`` is kept in its manifest.
+    """
     partial = start_folder(final)
     try:
         yield partial
-        finish_folder(partial, final)
+        finish_folder(partial, final, about or {})
     except BaseException:  # an interruption, too
         shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
-def finish_folder(partial: Path, final: Path) -> None:
+def finish_folder(partial: Path, final: Path, about: Mapping[str, Any]) -> None:
     """Make ``partial`` durable and put it in the place of ``final``, which is replaced if it is there."""
     with clear_errors(final):
-        for file in sorted(p for p in partial.rglob("*") if p.is_file()):
+        for file in _files(partial):
             file.chmod(0o644 & ~_umask())  # safetensors writes files that only their owner can read
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
+            _do("fsync", file, lambda file=file: _fsync(file))  # type: ignore[misc]
+        seal(partial, about)
+        old = final.with_name(final.name + OLD)
         if final.exists():
-            old = final.with_name(final.name + ".old")
-            if old.exists():
-                shutil.rmtree(old)
-            final.rename(old)
-            partial.rename(final)
-            shutil.rmtree(old)
-        else:
-            partial.rename(final)
-        handle = os.open(final.parent, os.O_RDONLY)
-        try:
-            os.fsync(handle)
-        finally:
-            os.close(handle)
+            _do("rename", old, lambda: final.rename(old))
+        _do("rename", final, lambda: partial.rename(final))
+        _do("fsync", final.parent, lambda: _fsync(final.parent))
+        if old.exists():
+            _do("remove", old, lambda: shutil.rmtree(old))
+
+
+def remove_folder(path: Path) -> None:
+    """Delete a folder so that no half of it keeps its name; nothing where it is not there."""
+    gone = path.with_name(path.name + GONE)
+    with clear_errors(path):
+        if gone.exists():
+            _do("remove", gone, lambda: shutil.rmtree(gone))
+        if path.exists():
+            _do("rename", gone, lambda: path.rename(gone))
+            _do("remove", gone, lambda: shutil.rmtree(gone))
+
+
+def sweep(folder: Path) -> None:
+    """Put in order what a process that died left among the folders in ``folder``."""
+    for left in sorted(folder.iterdir()) if folder.is_dir() else []:
+        if left.name.endswith((PARTIAL, OLD)) and left.is_dir():
+            recover(left.with_name(left.name.removesuffix(PARTIAL).removesuffix(OLD)))
+        elif left.name.endswith(GONE):
+            with clear_errors(left):
+                _do("remove", left, lambda left=left: shutil.rmtree(left))  # type: ignore[misc]
+
+
+# --- manifests: a folder that tells whether it still is what was written
+
+
+def seal(folder: Path, about: Mapping[str, Any]) -> None:
+    """Write ``manifest.json``: size and SHA-256 of every file, ``about``, and the manifest's own hash."""
+    listed = {f.relative_to(folder).as_posix(): [f.stat().st_size, sha256_file(f)] for f in _files(folder)}
+    body = {"about": about, "files": {name: entry for name, entry in listed.items() if name != MANIFEST}}
+    write_text(folder / MANIFEST, _sealed(body))
+
+
+def _sealed(body: Mapping[str, Any]) -> str:
+    return json.dumps({"sha256": sha256_json(body), **body}, indent=1, ensure_ascii=False, default=str) + "\n"
+
+
+def damage(folder: Path, about: Mapping[str, Any] | None = None, quick: bool = False) -> str | None:
+    """Which file of a sealed folder is not as it was written, and how; None where all are.
+
+    ``about``: what its manifest must say of it. ``quick`` looks at sizes alone. A file that the manifest does not name
+    is no damage; nothing outside the folder is looked at.
+    """
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+        body = json.loads(text)
+        whole = text == _sealed({"about": body["about"], "files": body["files"]})
+    except FileNotFoundError:
+        return f"{path} is missing"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return f"{path} is damaged"
+    if not whole:
+        return f"{path} is damaged"
+    for key, value in (about or {}).items():
+        if body["about"].get(key) != value:
+            return f"{path} belongs to another folder ({key} {body['about'].get(key)}, not {value})"
+    there = {f.relative_to(folder).as_posix(): f for f in _files(folder) if not f.is_symlink()}
+    for name, (length, digest) in body["files"].items():
+        if (file := there.get(name)) is None:
+            return f"{folder / name} is missing"
+        if file.stat().st_size != length:
+            return f"{file} is damaged ({file.stat().st_size:,} bytes, not {length:,})"
+        if not quick and sha256_file(file) != digest:
+            return f"{file} is damaged (its SHA-256 is not the one in the manifest)"
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.rglob("*") if p.is_file())
 
 
 def _umask() -> int:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trivium.errors import ModelError
-from trivium.files import read_json, sha256_file, sha256_json, write_json
+from trivium.files import read_json, sha256_file, sha256_json, write_by, write_json
 from trivium.model.language_model import LanguageModel
 from trivium.model.load import load_base, offline_where_unreachable, quiet
 from trivium.peft.settings import FullSettings, Settings
@@ -242,8 +242,8 @@ def save(model: LanguageModel, settings: Settings, base: str | None, folder: Pat
         save_model(model, folder, chat_template(model.tokenizer))
         return
     assert base is not None, "an adapter names its base"
-    adapter.save(model.hf, folder, base, settings, model.saved_dtype)
-    model.tokenizer.save_pretrained(folder)
+    write_by(folder, lambda: adapter.save(model.hf, folder, base, settings, model.saved_dtype))
+    write_by(folder, lambda: model.tokenizer.save_pretrained(folder))
 
 
 def save_model(model: LanguageModel, folder: Path, template: ChatTemplate) -> None:
@@ -255,7 +255,7 @@ def save_model(model: LanguageModel, folder: Path, template: ChatTemplate) -> No
         if hf.can_generate() and hf.generation_config is not None:
             hf.generation_config.eos_token_id = sorted(template.stop_ids)
             hf.generation_config.pad_token_id = model.tokenizer.pad_token_id
-        hf.save_pretrained(folder, state_dict=state)
+        write_by(folder, lambda: hf.save_pretrained(folder, state_dict=state))
     finally:
         hf.config._attn_implementation = attention
     # transformers has written the dtype in which the weights are held, and would load them in it again
@@ -264,4 +264,4 @@ def save_model(model: LanguageModel, folder: Path, template: ChatTemplate) -> No
         if "dtype" in part:
             part["dtype"] = str(model.saved_dtype).removeprefix("torch.")
     write_json(folder / "config.json", config)
-    model.tokenizer.save_pretrained(folder)
+    write_by(folder, lambda: model.tokenizer.save_pretrained(folder))

@@ -20,7 +20,7 @@ from trivium.stages import STAGES
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 RESERVED = ("model", "tokenizer", "data", "tensorboard", "wandb")  # what a run writes beside its stages
-ENDINGS = (".partial", ".old", ".json", ".html")
+ENDINGS = (".partial", ".old", ".gone", ".training", ".json", ".html")
 MOST_SEED = 2**63  # what torch takes
 MEND = "mend it in the recipe or by --set"
 
@@ -138,6 +138,21 @@ class Stage(Strict):
     )
     dropout: float | None = Field(None, ge=0, lt=1, description="The model's own dropout.")
     eval_every: int | None = Field(None, ge=1, description="Evaluate on the held-out rows every so many steps.")
+    save_every: int | None = Field(
+        None, ge=1, description="A checkpoint every so many steps; left out: as often as 2% of the time allows."
+    )
+    save_minutes: float | None = Field(
+        None, gt=0, allow_inf_nan=False, description="A checkpoint every so many minutes, instead of save_every."
+    )
+    keep_checkpoints: int | None = Field(
+        None, ge=1, description="How many of the last checkpoints are kept, besides the best one."
+    )
+    result: Literal["last", "best"] | None = Field(
+        None, description="Which model the stage gives: that of the last step, or of the lowest held-out loss."
+    )
+    skip_non_finite: int | None = Field(
+        None, ge=0, description="How many steps may be left out because their loss or gradient is not finite."
+    )
     seed: int | None = Field(
         None, ge=0, lt=MOST_SEED, description="Seed of order and initialisation; left out: the recipe's."
     )
@@ -210,7 +225,7 @@ class Stage(Strict):
         names = ("learning_rate", "beta", "sft_weight", "epochs", "weight_decay", "max_grad_norm")
         if any(n is not None and not math.isfinite(n) for n in (getattr(self, name) for name in names)):
             raise ValueError(f"{', '.join(names[:-1])} and {names[-1]} are finite numbers")
-        for one, other in (("epochs", "max_steps"), ("batch_size", "batch_tokens")):
+        for one, other in (("epochs", "max_steps"), ("batch_size", "batch_tokens"), ("save_every", "save_minutes")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"{one} and {other} contradict each other: give one of them")
         rows = STAGES[self.stage].rows
@@ -233,6 +248,8 @@ class Stage(Strict):
             raise ValueError("data: give every source a weight, or none")
         if isinstance(self.eval_data, list) and any(source.weight for source in self.eval_data):
             raise ValueError("eval_data: every row is looked at once, so that its sources have no weight")
+        if self.result == "best" and self.eval_data == 0:
+            raise ValueError("result: without held-out rows (eval_data) none is the best")
         full = self.method is None or self.method["name"] == "full"
         if self.optimizer == "muon" and not full:
             raise ValueError("optimizer: muon is for full training; use adamw with an adapter")

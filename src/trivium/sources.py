@@ -41,3 +41,9 @@ def hashes(stage: Stage) -> dict[str, Any]:
             if any(weight or fields for weight, fields in mixed):
                 found[f"{key}mix"] = mixed
     return found
+
+
+def by_file(stage: Stage) -> dict[str, str]:
+    """SHA-256 of each file a stage reads, by path; raises DataError."""
+    groups = (trained_on(stage), held_out_from(stage) or [])
+    return {str(file): sha256_of([file]) for group in groups for mix in group for file in mix.files()}

@@ -35,6 +35,9 @@ COMMON = {
     "eval_data": 0.05,
     "bad_rows": 0.01,
     "duplicates": "keep",
+    "skip_non_finite": 0,
+    "keep_checkpoints": 2,
+    "result": "last",
     "method": {"name": "full"},
 }
 
@@ -76,11 +79,18 @@ NOT_IDENTITY = {
     "micro_batch_tokens",
     "recompute",
     "device",
+    "save_every",
+    "save_minutes",
+    "keep_checkpoints",
+    "skip_non_finite",
 }
+
+# What changes only which of a training's models is taken: another choice needs no other training.
+RESULT = {"result"}
 
 
 # Settings that came in later: as they are here, nothing is done otherwise than before, and nothing is trained again.
-USUAL = {"duplicates": "keep", "scored": "best_worst"}
+USUAL = {"duplicates": "keep", "scored": "best_worst", "result": "last"}
 
 
 def resolve(stage: Stage, recipe: Recipe, parent: dict[str, Any] | None, parent_name: str) -> tuple[Stage, list[str]]:

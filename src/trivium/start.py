@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trivium.errors import DataError, RecipeError
-from trivium.files import clear_errors, sha256_json, whole_folder, write_json
+from trivium.files import sha256_json, whole_folder, write_by, write_json
 from trivium.recipe import Recipe, Stage
-from trivium.sources import hashes, trained_on
+from trivium.sources import by_file, hashes, trained_on
 from trivium.terminal import clock, say
 
 if TYPE_CHECKING:
@@ -117,8 +118,8 @@ def _tokenizer(recipe: Recipe, stage: Stage, out: Path) -> None:
         tokenizer = load_tokenizer(Path(given))
     else:
         tokenizer = tokenizer_from(trained_on(stage), size_asked)
-    with whole_folder(final) as partial, clear_errors(final):
-        tokenizer.save_pretrained(partial)
+    with whole_folder(final) as partial:
+        write_by(partial, lambda: tokenizer.save_pretrained(partial))
         made = {"trivium": 1, "identity": identity, "made_from": made_from, "lineage": []}
         write_json(partial / "trivium.json", made)
 
@@ -162,7 +163,19 @@ def fresh_model(sizes: dict[str, Any], tokenizer: Any, seed: int, dtype: str, de
 
 def data_hashes(stage: Stage) -> dict[str, Any]:
     """What tells a stage's data from other data; raises DataError where a file is missing."""
-    try:
+    with _readable():
         return hashes(stage)
+
+
+def file_hashes(stage: Stage) -> dict[str, str]:
+    """SHA-256 of each file a stage reads, by path, so that a change can be named; raises DataError."""
+    with _readable():
+        return by_file(stage)
+
+
+@contextlib.contextmanager
+def _readable() -> Iterator[None]:
+    try:
+        yield
     except OSError as error:
         raise DataError(f"cannot read {error.filename}: {error.strerror}", "check the file and its rights") from None

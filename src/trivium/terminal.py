@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,14 @@ PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
 def say(text: str) -> None:
     """One line for a person, to standard error: standard output is for results."""
-    print(text, file=sys.stderr, flush=True)
+    write(text + "\n")
+
+
+def write(text: str) -> None:
+    """To standard error, if anybody still reads it: a closed terminal ends no run."""
+    with contextlib.suppress(OSError, ValueError):
+        sys.stderr.write(text)
+        sys.stderr.flush()
 
 
 def clock(seconds: float) -> str:

@@ -78,8 +78,9 @@ class Done:
 def trivium(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Done]]:
     """``trivium("run", recipe, ...)`` as in a shell, but in this process."""
     from trivium.cli.main import main
+    from trivium.interrupt import SIGNALS
 
-    handler = signal.getsignal(signal.SIGTERM)
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
 
     def run(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["trivium", *map(str, arguments)])
@@ -90,7 +91,8 @@ def trivium(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
         return Done(int(ended.value.code or 0), out, err)
 
     yield run
-    signal.signal(signal.SIGTERM, handler)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
 
 
 def write_data(folder: Path, seed: int = 0) -> Path:

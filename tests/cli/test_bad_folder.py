@@ -296,7 +296,9 @@ def test_a_full_disk_leaves_nothing_half_written(at, method, walk, data, tmp_pat
     assert done.code == 3, done.err
     assert "the disk is full" in done.error
     assert "MB free" in done.error
-    assert list((tmp_path / "out").iterdir()) == []
+    left = [p.name for p in (tmp_path / "out").rglob("*")]
+    assert not any(name.endswith((".partial", ".old", ".gone")) for name in left), left
+    assert {p.name for p in (tmp_path / "out").iterdir()} <= {f"{stage['name']}.training"}
     assert trivium("run", recipe, "--out", tmp_path / "out").code == 0, "the same command goes on"
 
 

@@ -197,13 +197,13 @@ def test_bfloat16(start, given, tmp_path, method):
 
 
 def test_full_training_keeps_float32_masters_under_bfloat16(start, given, monkeypatch):
-    import trivium.stage_runner as runner
+    import trivium.stage_training as runner
 
     seen = {}
     train = runner.train
 
-    def spy(task, after_step):
-        result = train(task, after_step)
+    def spy(task, after_step, done):
+        result = train(task, after_step, done)
         owned = [p for o in task.optimizers for group in o.param_groups for p in group["params"]]
         seen["weights"] = {p.dtype for p in owned}
         seen["moments"] = {v.dtype for o in task.optimizers for s in o.state.values() for v in s.values() if v.ndim}

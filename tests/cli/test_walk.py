@@ -161,8 +161,11 @@ def test_defaults_and_inherited_settings_are_said(walk):
 
 
 def test_nothing_half_written_is_left(walk):
-    names = {p.name for p in walk.folder.iterdir()}
+    names = {
+        p.name for p in walk.folder.iterdir() if not p.name.endswith(".training")
+    }  # where the best was not the last
     assert names == {"tokenizer", "summary.json", "measures.json", "report.html", *FULL, *LORA, *BOTTLENECK}
+    assert not any(p.name.endswith((".partial", ".old", ".gone", ".lock")) for p in walk.folder.rglob("*"))
 
 
 def test_the_table(walk):

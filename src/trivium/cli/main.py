@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-from typing import Any
 
 import typer
 
 from trivium.cli import data, run, talk
 from trivium.errors import Interrupted, UserError
+from trivium.interrupt import Stopped, stop_at_once
+from trivium.terminal import say
 
 app = typer.Typer(
     name="trivium",
@@ -29,13 +29,12 @@ def main() -> None:
     """Run a command; a user's mistake becomes its message and exit code, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own progress bars; ours says what is going on
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _terminate)
+    stop_at_once()
     try:
         app(standalone_mode=True)
     except UserError as error:
         _stop(error, error.exit_code)
-    except (_Stopped, KeyboardInterrupt):
+    except (Stopped, KeyboardInterrupt):
         kept = "; finished stages are kept" if sys.argv[1:2] in (["run"], ["demo"]) else ""
         _stop(Interrupted(f"interrupted{kept}", "run the same command again to go on"), 75)
     except BrokenPipeError:
@@ -43,14 +42,6 @@ def main() -> None:
         sys.exit(0)
 
 
-class _Stopped(BaseException):
-    """Ctrl-C or SIGTERM. Not a KeyboardInterrupt, which the command-line library would answer in its own way."""
-
-
-def _terminate(number: int, frame: Any) -> None:
-    raise _Stopped
-
-
 def _stop(error: UserError, code: int) -> None:
-    print(f"{'' if not sys.stderr.isatty() else chr(13)}error: {error}", file=sys.stderr)
+    say(f"{'' if not sys.stderr.isatty() else chr(13)}error: {error}")
     sys.exit(code)

@@ -21,8 +21,12 @@ def run(
     ] = None,
     out: Annotated[Path | None, typer.Option("--out", help="The run's folder; left out: runs/NAME.")] = None,
     until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
+    fresh: Annotated[bool, typer.Option("--fresh", help="Start over; the old folder is kept aside.")] = False,
+    accept_changed_data: Annotated[
+        bool, typer.Option("--accept-changed-data", help="Go on with rows that changed while a stage was interrupted.")
+    ] = False,
 ) -> None:
-    """Carry out a recipe; finished stages are not run again."""
+    """Carry out a recipe; finished stages are not run again, and what was interrupted goes on."""
     from trivium.recipe_file import read_recipe
 
     read = read_recipe(recipe, set_)
@@ -30,7 +34,7 @@ def run(
     from trivium.summary import table
 
     folder = out or Path("runs") / read.name
-    summary = run_recipe(read, folder, until)
+    summary = run_recipe(read, folder, until, None, fresh, accept_changed_data)
     print(table(summary))
     print(f"\n{folder / 'summary.json'}\n{folder / 'report.html'}")
 

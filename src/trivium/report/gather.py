@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,6 +11,7 @@ from trivium.files import read_json
 from trivium.folder import record_of
 from trivium.measures import MEASURES, START
 from trivium.summary import SHOWN, SUMMARY
+from trivium.train.log import read_log
 
 Json = dict[str, Any]
 
@@ -86,20 +86,7 @@ def _stage_view(folder: Path, stage: Json, measured: Json) -> StageView:
         raise ModelError(f"{path}: not a finished stage", "run the recipe again: finished stages are kept")
     if any(key not in stage for key in SHOWN):
         raise ValueError(f"it says too little of {name}")
-    return StageView(name, stage, record, _curve(path / "metrics.jsonl"), _mapping(measured.get(name, {})))
-
-
-def _curve(path: Path) -> list[Json]:
-    """The rows of a stage's curve; a line that cannot be read is left out, as it is only drawn."""
-    rows: list[Json] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+    return StageView(name, stage, record, read_log(path / "metrics.jsonl"), _mapping(measured.get(name, {})))
 
 
 def _mapping(value: Any) -> Json:

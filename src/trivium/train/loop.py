@@ -6,6 +6,7 @@ weight of the whole step, so that neither accumulation nor packing can change th
 
 from __future__ import annotations
 
+import math
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -20,6 +21,14 @@ from trivium.objectives.base import Objective
 from trivium.train.optimizer import set_rate
 
 
+def stop(step: int, what: str, rows: list[str]) -> None:
+    """What becomes of a loss or gradient that is not finite: no update, and an end."""
+    raise NonFiniteError(
+        f"step {step}: the {what}; rows: {some(rows)}",
+        "lower the learning rate, or look at these rows; the weights before this step are untouched",
+    )
+
+
 @dataclass(frozen=True)
 class Task:
     """What the loop is handed. ``batches(n)`` gives the forests of step ``n``; ``rate(n)`` its learning-rate factor."""
@@ -32,11 +41,12 @@ class Task:
     rate: Callable[[int], float]
     optimizers: list[torch.optim.Optimizer]
     max_grad_norm: float
+    not_finite: Callable[[int, str, list[str]], None] = stop  # (step, what, rows): raises, or the step is left out
 
 
 @dataclass(frozen=True)
 class StepLog:
-    """One step, as it is written to ``metrics.jsonl``."""
+    """One step. ``rows`` are the places of its examples; ``skipped`` says why nothing was updated, "" where it was."""
 
     step: int  # from 1
     loss: float
@@ -47,17 +57,25 @@ class StepLog:
     examples: int
     seconds: float
     stats: dict[str, float] = field(default_factory=dict)
+    rows: list[str] = field(default_factory=list, repr=False)
+    skipped: str = ""
 
 
-def train(task: Task, after_step: Callable[[StepLog], None]) -> None:
-    """Run all steps; ``after_step`` logs, evaluates, shows. Raises NonFiniteError before a bad update."""
+def train(task: Task, after_step: Callable[[StepLog], None], done: int = 0) -> None:
+    """Run the steps after the first ``done``; ``after_step`` logs, evaluates, saves, shows.
+
+    Before an update that is not finite ``task.not_finite`` is asked, which raises NonFiniteError if it may not be
+    left out.
+    """
     parameters = [p for o in task.optimizers for g in o.param_groups for p in g["params"]]
-    for number in range(task.steps):
+    for number in range(done, task.steps):
         started = time.perf_counter()
         forests = list(task.batches(number))
         weight = sum(task.objective.weight(f) for f in forests)
         if not weight > 0:
-            raise DataError(f"step {number + 1}: nothing to learn in {_rows(forests)}", "check the data's answers")
+            raise DataError(
+                f"step {number + 1}: nothing to learn in {some(_rows(forests))}", "check the data's answers"
+            )
         sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
         for forest in forests:
             reference = task.reference(forest)
@@ -68,11 +86,14 @@ def train(task: Task, after_step: Callable[[StepLog], None]) -> None:
                 sums[name] = sums[name] + value.cpu()
         stats = {name: float(value) / weight for name, value in sums.items()}
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, task.max_grad_norm))
-        _check_finite(number, stats["loss"], norm, forests)
+        fault, rows = _fault(stats["loss"], norm), _rows(forests)
         set_rate(task.optimizers, task.rate(number))
         for optimizer in task.optimizers:
-            optimizer.step()
+            if not fault:
+                optimizer.step()
             optimizer.zero_grad(set_to_none=True)
+        if fault:
+            task.not_finite(number + 1, fault, rows)
         after_step(
             StepLog(
                 step=number + 1,
@@ -84,20 +105,24 @@ def train(task: Task, after_step: Callable[[StepLog], None]) -> None:
                 examples=sum(len(f.examples) for f in forests),
                 seconds=time.perf_counter() - started,
                 stats=stats,
+                rows=rows,
+                skipped=fault,
             )
         )
 
 
-def _check_finite(number: int, loss: float, norm: float, forests: list[Forest]) -> None:
-    if loss - loss == 0 and norm - norm == 0:  # neither NaN nor infinite
-        return
-    what = "loss" if loss - loss != 0 else "gradient"
-    raise NonFiniteError(
-        f"step {number + 1}: the {what} is not finite ({loss if what == 'loss' else norm}); rows: {_rows(forests)}",
-        "lower the learning rate, or look at these rows; the weights before this step are untouched",
-    )
+def _fault(loss: float, norm: float) -> str:
+    """What is not finite, or ""."""
+    for what, value in (("loss", loss), ("gradient", norm)):
+        if not math.isfinite(value):
+            return f"{what} is not finite ({value})"
+    return ""
 
 
-def _rows(forests: list[Forest]) -> str:
-    origins = [e.origin for f in forests for e in f.examples]
-    return ", ".join(origins[:4]) + (f" and {len(origins) - 4} more" if len(origins) > 4 else "")
+def _rows(forests: list[Forest]) -> list[str]:
+    return [e.origin for f in forests for e in f.examples]
+
+
+def some(rows: list[str], most: int = 4) -> str:
+    """The first few of some rows, and how many there are besides."""
+    return ", ".join(rows[:most]) + (f" and {len(rows) - most} more" if len(rows) > most else "")

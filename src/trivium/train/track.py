@@ -1,7 +1,8 @@
 """Metrics where people have them: TensorBoard, Weights & Biases or Trackio, each through its own package.
 
-Every tracker is handed the rows of ``metrics.jsonl``, as ``train/loss`` or ``eval/loss`` by step. None of them can
-change a result, and none is imported unless ``track`` names it.
+Every tracker is handed the rows of ``metrics.jsonl``, as ``train/loss`` or ``eval/loss`` by step; a training that goes
+on is shown from its beginning, so that no step is missing or there twice. None of them can change a result, and none
+is imported unless ``track`` names it.
 """
 
 from __future__ import annotations

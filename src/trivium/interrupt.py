@@ -1,0 +1,77 @@
+"""Ctrl-C, a closed terminal, SIGTERM: at once where nothing is lost by it, else at the next step of the training.
+
+    stop_at_once()                    # the command line: a signal raises `Stopped`
+    with deferred() as stop:          # a training: a signal only sets `stop.requested`, which the loop looks at
+        ...
+
+A signal that the process was told to ignore (nohup) stays ignored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+
+
+class Stopped(BaseException):
+    """A signal. Not a KeyboardInterrupt, which the command-line library would answer in its own way."""
+
+
+class Stop:
+    """Whether somebody has asked for an end."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    def check(self) -> None:
+        """Raises Stopped where somebody has: for places from which the state of the last step can be saved."""
+        if self.requested:
+            raise Stopped
+
+
+def stop_at_once() -> None:
+    """From now on the first signal raises Stopped; further ones cannot disturb what is then put in order."""
+
+    def stop(number: int, frame: Any) -> None:
+        _handle(signal.SIG_IGN)
+        raise Stopped
+
+    _handle(stop)
+
+
+@contextlib.contextmanager
+def deferred() -> Iterator[Stop]:
+    """Signals only set ``requested`` within the block. Raises Stopped after it where that was not looked at."""
+    stop = Stop()
+
+    def ask(number: int, frame: Any) -> None:
+        if not stop.requested:
+            with contextlib.suppress(OSError):  # not `say`: this may be in the middle of one; a terminal may be closed
+                os.write(2, b"\n  stopping after this step; what was trained is saved\n")
+        stop.requested = True
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop  # signals reach the main thread alone, whose owner decides
+        return
+    before = _handle(ask)
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    stop.check()
+
+
+def _handle(handler: Any) -> dict[int, Any]:
+    """Set a handler for all signals but those that are ignored; returns those there were."""
+    before = {}
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            before[number] = signal.signal(number, handler)
+    return before
