@@ -9,6 +9,7 @@ the former one goes on where it was. Where nothing but the data has changed the 
 from __future__ import annotations
 
 import json
+import math
 import os
 import platform
 from collections.abc import Mapping
@@ -62,8 +63,8 @@ class UnderWay:
 
     def done(self, stage: Stage, record: Mapping[str, Any]) -> None:
         """The stage is finished, its ``record`` written: its checkpoints go, but where the best was an earlier one."""
-        best = record["events"].get("best") or {}
-        if stage.result != "best" and best.get("step", record["steps"]) != record["steps"]:
+        best, last = record["events"].get("best") or {}, record["metrics"].get("after_loss", math.inf)
+        if stage.result != "best" and best.get("loss", math.inf) < last:
             say(f"  the held-out loss was lowest after step {best['step']}: {best['loss']:.4f}")
             kept = f"{shown(self.folder)} ({size(folder_bytes(self.folder))})"
             say(f"  its checkpoint is kept in {kept}: result: best takes that model, without training again")

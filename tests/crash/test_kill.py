@@ -1,0 +1,76 @@
+"""Promise 1: a run that is killed at any moment and started again ends in the bits of an unbroken one.
+
+Promise 15, that the same seed gives the same run, is what this rests on, and is looked at in the same place.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+
+import pytest
+from tests.crash.process import CELLS, Process, events, left_over, result
+
+QUICK = ("pretrain-full", "sft-lora", "preference-bottleneck", "preference-full")
+
+
+def kill_until_done(recipe, rng: random.Random, most: float) -> int:
+    """Run it, killed after up to ``most`` seconds, until it is done; returns how often it was killed."""
+    kills = 0
+    while True:
+        ended = Process(recipe).wait(rng.uniform(0.05, most), then=signal.SIGKILL)
+        if not ended.killed:
+            assert ended.code == 0, ended.said
+            return kills
+        kills += 1
+
+
+@pytest.mark.parametrize(
+    ("name", "kills"),
+    [(n, 4) for n in QUICK] + [pytest.param(n, 50, marks=pytest.mark.slow) for n in CELLS],
+)
+def test_a_killed_run_ends_in_the_same_bits(name, kills, cell):
+    whole = cell(name)
+    process = Process(whole)
+    assert process.wait().code == 0
+    took = time.monotonic() - process.started
+    expected = result(whole)
+    rng, survived = random.Random(name), 0
+    while survived < kills:
+        recipe = cell(name)
+        found = kill_until_done(recipe, rng, most=1.1 * took)
+        assert result(recipe) == expected
+        assert left_over(recipe.parent / "out") == []
+        assert events(recipe)["steps_repeated"] >= 0
+        survived += found
+    print(f"{name}: {survived} kills survived")
+
+
+def test_it_goes_on_rather_than_beginning_again(cell):
+    recipe = cell("sft-lora", save_every=10)
+
+    def die() -> None:
+        from trivium.train import loop
+
+        rate = loop.set_rate
+        steps = [0]
+
+        def dying(*arguments):
+            steps[0] += 1
+            if steps[0] == 25:
+                os.kill(os.getpid(), signal.SIGKILL)
+            rate(*arguments)
+
+        loop.set_rate = dying
+
+    assert Process(recipe, meanwhile=die).wait().killed
+    ended = Process(recipe).wait()
+    assert ended.code == 0, ended.said
+    assert "goes on after step 20 of 60" in ended.said
+    found = events(recipe)
+    assert (found["attempts"], found["went_on_after"], found["steps_repeated"]) == (2, [20], 4)
+    whole = cell("sft-lora")
+    assert Process(whole).wait().code == 0
+    assert result(whole) == result(recipe), "nor does it matter how often it is saved"
