@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trivium.errors import DiskError, ModelError, UserError
+from trivium.terminal import size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -28,6 +29,7 @@ PARTIAL = ".partial"  # being written
 OLD = ".old"  # about to be replaced
 GONE = ".gone"  # about to be deleted
 MANIFEST = "manifest.json"
+BLOCK = 4096  # bytes that a folder takes
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
@@ -70,8 +72,8 @@ def clear_errors(path: Path, needed: int | None = None) -> Iterator[None]:
 def no_room(path: Path, needed: int | None) -> DiskError:
     """What is said where ``needed`` bytes do not go to the disk of ``path``."""
     free = shutil.disk_usage(_existing(path)).free
-    wanted = f"{needed / 2**20:,.1f} MB needed, " if needed else ""
-    what = f"{path}: the disk is full ({wanted}{free / 2**20:,.1f} MB free)"
+    wanted = f"{size(needed)} needed, " if needed else ""
+    what = f"{path}: the disk is full ({wanted}{size(free)} free)"
     return DiskError(what, "free some space, then run the same command")
 
 
@@ -79,7 +81,7 @@ def check_room(path: Path, needed: int, what: str, remedy: str) -> None:
     """Raises DiskError where the disk of ``path`` has no room for ``needed`` more bytes."""
     free = shutil.disk_usage(_existing(path)).free
     if free < needed:
-        sizes = f"{needed / 2**20:,.1f} MB needed, {free / 2**20:,.1f} MB free"
+        sizes = f"{size(needed)} needed, {size(free)} free"
         raise DiskError(f"{path}: not enough room for {what} ({sizes})", remedy)
 
 
@@ -92,8 +94,11 @@ def _existing(path: Path) -> Path:
 
 def make_folder(path: Path) -> Path:
     """Create ``path`` and its parents; raises DiskError where that is not allowed."""
-    with clear_errors(path):
+    with clear_errors(path, BLOCK):
+        new = [p for p in (path, *path.parents) if not p.exists()]
         path.mkdir(parents=True, exist_ok=True)
+        for made in new:
+            _do("fsync", made.parent, lambda made=made: _fsync(made.parent))  # type: ignore[misc]
     return path
 
 
@@ -131,6 +136,13 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
         _do("write", path, lambda: save_file(ready, path))
 
 
+def read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a folder that was found whole, by file."""
+    from safetensors.torch import load_file
+
+    return {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+
+
 def append_line(path: Path, line: str) -> None:
     """Add a line to a file, and make it durable."""
 
@@ -138,14 +150,15 @@ def append_line(path: Path, line: str) -> None:
         with path.open("a", encoding="utf-8") as file:
             file.write(line + "\n")
 
-    with clear_errors(path):
+    with clear_errors(path, len(line)):
         _do("write", path, add)
         _do("fsync", path, lambda: _fsync(path))
 
 
-def write_by(path: Path, act: Callable[[], Any]) -> None:
-    """Let ``act``, of another library, write into the folder ``path`` that is whole or absent, as one operation."""
-    with clear_errors(path):
+def write_by(path: Path, act: Callable[[], Any], needed: int | None = None) -> None:
+    """Let ``act``, of another library, write ``needed`` bytes into ``path``, in a folder that is whole or absent, as
+    one operation."""
+    with clear_errors(path, needed):
         _do("write", path, act)
 
 
@@ -179,7 +192,7 @@ def start_folder(final: Path) -> Path:
     """An empty folder beside ``final`` to write into; what an earlier, unfinished attempt left there is removed."""
     partial = final.with_name(final.name + PARTIAL)
     recover(final)
-    with clear_errors(partial):
+    with clear_errors(partial, BLOCK):
         _do("mkdir", partial, lambda: partial.mkdir(parents=True))
     return partial
 
@@ -212,7 +225,7 @@ def whole_folder(final: Path, about: Mapping[str, Any] | None = None) -> Iterato
 
 def finish_folder(partial: Path, final: Path, about: Mapping[str, Any]) -> None:
     """Make ``partial`` durable and put it in the place of ``final``, which is replaced if it is there."""
-    with clear_errors(final):
+    with clear_errors(final, folder_bytes(partial)):
         for file in _files(partial):
             file.chmod(0o644 & ~_umask())  # safetensors writes files that only their owner can read
             _do("fsync", file, lambda file=file: _fsync(file))  # type: ignore[misc]

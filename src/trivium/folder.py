@@ -242,7 +242,8 @@ def save(model: LanguageModel, settings: Settings, base: str | None, folder: Pat
         save_model(model, folder, chat_template(model.tokenizer))
         return
     assert base is not None, "an adapter names its base"
-    write_by(folder, lambda: adapter.save(model.hf, folder, base, settings, model.saved_dtype))
+    needed = model.trained_parameters() * model.saved_dtype.itemsize
+    write_by(folder, lambda: adapter.save(model.hf, folder, base, settings, model.saved_dtype), needed)
     write_by(folder, lambda: model.tokenizer.save_pretrained(folder))
 
 
@@ -255,7 +256,8 @@ def save_model(model: LanguageModel, folder: Path, template: ChatTemplate) -> No
         if hf.can_generate() and hf.generation_config is not None:
             hf.generation_config.eos_token_id = sorted(template.stop_ids)
             hf.generation_config.pad_token_id = model.tokenizer.pad_token_id
-        write_by(folder, lambda: hf.save_pretrained(folder, state_dict=state))
+        needed = sum(t.numel() * t.element_size() for t in state.values())
+        write_by(folder, lambda: hf.save_pretrained(folder, state_dict=state), needed)
     finally:
         hf.config._attn_implementation = attention
     # transformers has written the dtype in which the weights are held, and would load them in it again

@@ -86,8 +86,15 @@ def _reference(run: StageRun, work: Work, held_out: list[Forest]) -> Any:
         return no_reference
     if isinstance(work.settings, FullSettings):
         say("  the parent's log-probabilities are computed once, as its weights are about to change")
-        tokens = int(run.stage.micro_batch_tokens or 1)
-        return Remembered(model.logprob, [*packed(work.used, tokens, model.device), *held_out])
+
+        def forests() -> Iterator[Forest]:
+            yield from packed(work.used, int(run.stage.micro_batch_tokens or 1), model.device)
+            yield from held_out
+
+        if run.under_way is None:
+            return Remembered(model.logprob, forests())
+        about = {"training": run.under_way.about["training"]}
+        return Remembered.kept_in(run.under_way.folder / "reference", about, model.logprob, forests)
     return UnderParent(model.logprob, lambda: _as_parent(model, work.parent))
 
 

@@ -28,6 +28,7 @@ from trivium.files import (
     damage,
     make_folder,
     read_json,
+    read_tensors,
     remove_folder,
     sweep,
     whole_folder,
@@ -53,9 +54,7 @@ class Found:
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Its tensors, by file."""
-        from safetensors.torch import load_file
-
-        return {p.stem: load_file(p) for p in sorted(self.folder.glob("*.safetensors"))}
+        return read_tensors(self.folder)
 
     def text(self, name: str) -> str:
         return (self.folder / name).read_text(encoding="utf-8")
