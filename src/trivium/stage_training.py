@@ -204,7 +204,7 @@ class Training:
         self.kept.best = self.best.get("step")
         for total, more in ((self.run.costs, self.state["costs"]), (self.kept.costs, self.state["saving"])):
             for name, value in more.items():
-                setattr(total, name, getattr(total, name) + value)
+                setattr(total, name, value if name == "bytes" else getattr(total, name) + value)
         for reason in self.kept.rejected:
             say(f"  rejected: {reason}")
         say(f"  goes on after step {self.done} of {self.steps}")

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 from trivium.errors import CheckpointError, DiskError
 from trivium.files import (
+    MANIFEST,
     damage,
     make_folder,
     read_json,
@@ -97,6 +98,7 @@ class Checkpoints:
         sweep(self.folder)
         for step in reversed(steps_in(self.folder)):
             if (found := self.at(step)) is not None:
+                self._enter(found.folder)
                 return found
         if self.rejected:
             raise CheckpointError(
@@ -175,8 +177,12 @@ class Checkpoints:
             raise DiskError(
                 f"{reason}, just after it was written", "look after this disk; the checkpoints before it are kept"
             )
-        self.costs.bytes = sum(p.stat().st_size for p in folder.iterdir())
-        listed = read_json(folder / "manifest.json")["files"]
+        self._enter(folder)
+
+    def _enter(self, folder: Path) -> None:
+        """The size and the hashes of a checkpoint that is whole."""
+        listed = read_json(folder / MANIFEST)["files"]
+        self.costs.bytes = sum(entry[0] for entry in listed.values())
         self.hashes = {name: entry[1] for name, entry in listed.items() if name.endswith(".safetensors")}
 
     def _let_go(self, step: int) -> None:
