@@ -34,7 +34,7 @@ from trivium.start import (
 from trivium.summary import SHOWN, SUMMARY, stage_identity, stage_record, summary_of
 from trivium.terminal import clock, say, shown, size
 from trivium.train.track import check_tracker, open_tracker
-from trivium.under_way import TRAINING, under_way
+from trivium.under_way import TRAINING, UnderWay, under_way
 
 if TYPE_CHECKING:
     from trivium.evaluate.judge import Judge
@@ -131,16 +131,17 @@ def _stage(
     data = data_hashes(stage)
     identity = stage_identity(parent, data, stage)
     final = out / stage.name
+    settings = {k: v for k, v in identity_settings(stage).items() if k not in RESULT}
+    training = sha256_json([parent.identity, data, settings])
+    about = {"training": training, "parent": parent.identity, "settings": settings, "data": file_hashes(stage)}
     found = record_of(final) if final.is_dir() else None
     if found is not None and found["identity"] == identity and all(key in found for key in SHOWN):
         check_whole(final, quick=True)
         say(f"  done before ({identity[:12]}), not run again")
+        UnderWay.of(out, stage.name, about).done(stage, found)
         return found
     if final.exists() and found is None:
         raise ModelError(f"{final}: in the way, and not a folder of trivium", "move it away, or choose another --out")
-    settings = {k: v for k, v in identity_settings(stage).items() if k not in RESULT}
-    training = sha256_json([parent.identity, data, settings])
-    about = {"training": training, "parent": parent.identity, "settings": settings, "data": file_hashes(stage)}
     going = under_way(out, stage.name, about, accept)
     if stage.from_:
         check_whole(Path(parent.source))

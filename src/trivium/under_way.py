@@ -61,24 +61,32 @@ class UnderWay:
                 found.append(row)
         return found
 
+    @classmethod
+    def of(cls, out: Path, name: str, about: Mapping[str, Any]) -> UnderWay:
+        """A training's folder, in order again if a process died in it."""
+        training = out / f"{name}{TRAINING}"
+        sweep(training)
+        return cls(training / str(about["training"])[:12], dict(about))
+
     def done(self, stage: Stage, record: Mapping[str, Any]) -> None:
         """The stage is finished, its ``record`` written: its checkpoints go, but where the best was an earlier one."""
-        best, last = record["events"].get("best") or {}, record["metrics"].get("after_loss", math.inf)
-        if stage.result != "best" and best.get("loss", math.inf) < last:
-            say(f"  the held-out loss was lowest after step {best['step']}: {best['loss']:.4f}")
-            kept = f"{shown(self.folder)} ({size(folder_bytes(self.folder))})"
-            say(f"  its checkpoint is kept in {kept}: result: best takes that model, without training again")
-            return
-        remove_folder(self.folder)
-        if not any(self.folder.parent.iterdir()):
-            self.folder.parent.rmdir()
+        if self.folder.is_dir():
+            best, last = record["events"].get("best") or {}, record["metrics"].get("after_loss", math.inf)
+            if stage.result != "best" and best.get("loss", math.inf) < last:
+                say(f"  the held-out loss was lowest after step {best['step']}: {best['loss']:.4f}")
+                kept = f"{shown(self.folder)} ({size(folder_bytes(self.folder))})"
+                say(f"  its checkpoint is kept in {kept}: result: best takes that model, without training again")
+                return
+            remove_folder(self.folder)
+        training = self.folder.parent
+        if training.is_dir() and not any(training.iterdir()):
+            training.rmdir()
 
 
 def under_way(out: Path, name: str, about: Mapping[str, Any], accept_changed_data: bool = False) -> UnderWay:
     """Where the stage's training goes on or begins. Raises DataError where its data has changed meanwhile."""
-    training = out / f"{name}{TRAINING}"
-    sweep(training)
-    mine = UnderWay(training / str(about["training"])[:12], dict(about))
+    mine = UnderWay.of(out, name, about)
+    training = mine.folder.parent
     folders = [mine.folder, *(sorted(training.iterdir()) if training.is_dir() else [])]
     found = {folder: state for folder in folders if (state := peek(folder)) is not None}
     for folder, state in found.items():

@@ -162,16 +162,45 @@ def test_an_interrupted_preparation_goes_on(tmp_path: Path, monkeypatch: pytest.
     assert same(done, run(file))
 
 
-def test_a_process_that_dies_is_said_and_leaves_none_behind() -> None:
+def ask(work: Workers, first: int = 1) -> dict[str, Any]:
+    job = Job(Block("lines", first, (json.dumps(chat(1)) + "\n").encode()), 0, "a.jsonl")
+    return work.submit(job).result()[0]
+
+
+@pytest.mark.parametrize("at", ["idle", "starting"])
+def test_a_process_that_dies_is_replaced_said_and_counted(at: str, capsys: Any) -> None:
     work = Workers(Maker(Spec("conversation", 512), TEMPLATE.encoder, TEMPLATE), 2)
-    job = Job(Block("lines", 1, (json.dumps(chat(1)) + "\n").encode()), 0, "a")
-    account, _ = work.submit(job).result()
-    assert account["read"] == 1
-    for process in work.processes:
+    if at == "idle":
+        assert ask(work)["read"] == 1
+    for process in list(work.processes):
         process.kill()
-        process.wait()
-    with pytest.raises(ChildProcessError, match="ended"):
-        work.submit(job).result()
+    account = ask(work)
+    assert account["read"] == 1
+    assert account["counts"]["died"] == 1
+    assert "a process that prepares data died (signal 9, as when memory runs out)" in capsys.readouterr().err
+    assert ask(work)["counts"]["died"] == 1  # the other one's turn
+    assert "died" not in ask(work)["counts"]
+    work.close()
+    assert len(work.processes) == 4
+    assert all(process.poll() is not None for process in work.processes)
+
+
+def test_rows_that_kill_every_process_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    work = Workers(Maker(Spec("conversation", 512), TEMPLATE.encoder, TEMPLATE), 1)
+    started = work._started
+
+    def dying() -> Any:
+        process = started()
+        process.kill()
+        return process
+
+    monkeypatch.setattr(work, "_started", dying)
+    work.processes[0].kill()
+    with pytest.raises(
+        DataError, match=r"a.jsonl:7: 3 processes died preparing the rows from here on \(signal 9"
+    ) as said:
+        ask(work, 7)
+    assert "look at these rows" in said.value.remedy
     work.close()
     assert all(process.poll() is not None for process in work.processes)
 

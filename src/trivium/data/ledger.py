@@ -21,6 +21,7 @@ COUNTS = {
     "cut_trained": "{0:,} trained token{s} lost by that",
     "rewritten": "{0:,} conversation{s} in one sequence for each turn, as the chat template rewrites earlier turns "
     "(train_on: last trains the last turn alone)",
+    "died": "{0:,} time{s} a process that prepared rows died, and they were prepared again",
     "control_as_text": "{0:,} row{s} with what looks like a control token: it stays text",
 }
 

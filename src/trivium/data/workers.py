@@ -17,6 +17,7 @@ import signal
 import struct
 import subprocess
 import sys
+import threading
 import zlib
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -30,7 +31,10 @@ from trivium.data.examples import Maker, Spec
 from trivium.data.formats import Fields
 from trivium.data.readers import rows_of
 from trivium.data.store import encode_part
+from trivium.errors import DataError
+from trivium.terminal import say
 
+LIVES = 3  # processes that may die of a block, before it is taken for the cause
 _LENGTHS = struct.Struct("<QQ")
 
 
@@ -84,30 +88,56 @@ class Workers:
     """Makes parts in ``count`` processes."""
 
     def __init__(self, maker: Maker, count: int) -> None:
+        self.setup = {"spec": asdict(maker.spec), "encoder": maker.encoder.dump(),
+                      "template": None if maker.template is None else maker.template.dump()}  # fmt: skip
+        self.closed, self.lock = False, threading.Lock()
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self.idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
+        self.threads = ThreadPoolExecutor(count)
+        for _ in range(count):
+            self.idle.put(self._started())
+
+    def _started(self) -> subprocess.Popen[bytes]:
+        """A new process, which knows its tokenizer and template."""
         known = [str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {
             "TOKENIZERS_PARALLELISM": "false",
             "PYTHONPATH": os.pathsep.join(filter(None, known)),
         }
         command = [sys.executable, "-m", "trivium.data.workers"]
-        self.processes = [
-            subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
-            for _ in range(count)
-        ]
-        self.idle: queue.SimpleQueue[subprocess.Popen[bytes]] = queue.SimpleQueue()
-        self.threads = ThreadPoolExecutor(count)
-        setup = {"spec": asdict(maker.spec), "encoder": maker.encoder.dump(),
-                 "template": None if maker.template is None else maker.template.dump()}  # fmt: skip
-        for process in self.processes:
-            assert process.stdin is not None, "its input is a pipe"
-            _send(process.stdin, setup, b"")
-            self.idle.put(process)
+        process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment)
+        self.processes.append(process)
+        assert process.stdin is not None, "its input is a pipe"
+        with contextlib.suppress(OSError):  # one that is dead already is noticed when it is asked
+            _send(process.stdin, self.setup, b"")
+        return process
 
     def submit(self, job: Job) -> Future[Part]:
         return self.threads.submit(self._asked, job)
 
     def _asked(self, job: Job) -> Part:
+        """The part, of another process if one dies at it. Raises DataError where they all do."""
         process = self.idle.get()
+        try:
+            for died in range(LIVES):
+                if (answer := self._answer(process, job)) is not None:
+                    account, data = answer
+                    return account | {"counts": account["counts"] | ({"died": died} if died else {})}, data
+                code = process.wait()
+                with self.lock:  # none may be started when the others are being ended
+                    if self.closed:
+                        raise ChildProcessError("the preparation was ended")
+                    say(f"  a process that prepares data died ({_ending(code)}); its rows are prepared again")
+                    process = self._started()
+        finally:
+            self.idle.put(process)
+        raise DataError(
+            f"{job.name}:{job.block.line}: {LIVES} processes died preparing the rows from here on ({_ending(code)})",
+            "free memory for them, or look at these rows; what was prepared before is kept",
+        )
+
+    def _answer(self, process: subprocess.Popen[bytes], job: Job) -> Part | None:
+        """What a process makes of a block; None where it dies."""
         assert process.stdin is not None, "its input is a pipe"
         assert process.stdout is not None, "its output is a pipe"
         block = job.block
@@ -115,16 +145,14 @@ class Workers:
         header = {"form": block.form, "line": block.line, "file": job.file, "name": job.name, "fields": job.fields}
         try:
             _send(process.stdin, header, data)
-            answer = _receive(process.stdout)
-        except (BrokenPipeError, OSError):
-            answer = None
-        if answer is None:
-            raise ChildProcessError(f"a process that prepares data ended ({process.wait()})")
-        self.idle.put(process)
-        return answer
+            return _receive(process.stdout)
+        except (OSError, ValueError):  # ValueError: closed meanwhile
+            return None
 
     def close(self) -> None:
         """End the processes, also amid a block."""
+        with self.lock:
+            self.closed = True
         self.threads.shutdown(wait=False, cancel_futures=True)
         for process in self.processes:
             process.kill()
@@ -135,6 +163,11 @@ class Workers:
                 with contextlib.suppress(OSError):  # what was still to be written to a process that is gone
                     if stream is not None:
                         stream.close()
+
+
+def _ending(code: int) -> str:
+    """How a process ended, in words."""
+    return f"signal {-code}{', as when memory runs out' if code == -9 else ''}" if code < 0 else f"exit code {code}"
 
 
 def cores() -> int:
