@@ -13,9 +13,11 @@ import contextlib
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from typing import Any
 
+PATIENCE = 2.0  # seconds in which somebody who asks twice means the same
 SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
 
 
@@ -35,12 +37,19 @@ class Stop:
             raise Stopped
 
 
+_asked: list[float] = []  # when a signal raised Stopped, since `stop_at_once`
+
+
 def stop_at_once() -> None:
-    """From now on the first signal raises Stopped; further ones cannot disturb what is then put in order."""
+    """From now on a signal raises Stopped. Those that follow soon cannot disturb what is then put in order; a later
+    one raises it again, for the first may have been lost in a place that lets no exception through."""
+    _asked.clear()
 
     def stop(number: int, frame: Any) -> None:
-        _handle(signal.SIG_IGN)
-        raise Stopped
+        now = time.monotonic()
+        if not _asked or now - _asked[-1] > PATIENCE:
+            _asked.append(now)
+            raise Stopped
 
     _handle(stop)
 
@@ -49,6 +58,7 @@ def stop_at_once() -> None:
 def deferred() -> Iterator[Stop]:
     """Signals only set ``requested`` within the block. Raises Stopped after it where that was not looked at."""
     stop = Stop()
+    stop.requested = bool(_asked)
 
     def ask(number: int, frame: Any) -> None:
         if not stop.requested:

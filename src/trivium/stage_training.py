@@ -148,7 +148,7 @@ class Training:
         A request to stop is heard before every pass through the model.
         """
         model, run = self.model, self.run
-        check = model.hf.register_forward_pre_hook(lambda *_: self.stop.check())
+        check = model.hf.base_model.register_forward_pre_hook(lambda *_: self.stop.check())
         try:
             with run.costs.clock("eval_seconds"), dropout_off(model), self.log.paused(), torch.random.fork_rng():
                 metrics = evaluate(self.work.goal, model.logprob, self.reference, self.held_out)

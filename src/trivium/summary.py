@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 SUMMARY = "summary.json"
 
+PLACES = ("used", "held_out", "dropped", "over_long", "set_aside")  # of rows
+
 SHOWN = (
     "name", "stage", "method", "trained_parameters", "total_parameters", "bytes_on_disk", "seconds", "setup_seconds",
     "reference_seconds", "eval_seconds", "save_seconds", "tokens", "trained_tokens", "tokens_per_second",
@@ -58,7 +60,47 @@ def stage_record(
 
 
 def summary_of(record: dict[str, Any]) -> dict[str, Any]:
-    return {key: record[key] for key in SHOWN}
+    """What the run's summary says of a stage: its costs and metrics, its rows, and what happened on the way."""
+    return {key: record[key] for key in (*SHOWN, "rows", "events") if key in record}
+
+
+def account(summary: dict[str, Any]) -> list[str]:
+    """A line for each stage: where every row went, and every attempt, step left out, checkpoint rejected or spike."""
+    return [f"{s['name']}: {'; '.join(told)}" for s in summary["stages"] if (told := [*_rows(s), *happened(s)])]
+
+
+def _rows(stage: dict[str, Any]) -> list[str]:
+    rows = stage.get("rows")
+    if not rows:
+        return []
+    parts = [(rows[key], key.replace("_", "-" if key == "over_long" else " ")) for key in PLACES]
+    placed = " + ".join(f"{n:,} {name}" for n, name in parts if n or name == "used")
+    retried = [f"{rows['died']:,} times a process died preparing them"] if rows.get("died") else []
+    return [f"{rows['read']:,} rows = {placed}", *retried]
+
+
+def happened(stage: dict[str, Any]) -> list[str]:
+    """What happened while a stage was trained, in words; nothing where nothing did."""
+    events = stage.get("events") or {}
+    told = []
+    if (attempts := events.get("attempts", 1)) > 1:
+        after = ", ".join(map(str, events["went_on_after"]))
+        told.append(f"{attempts} attempts, on after step {after}, {events['steps_repeated']:,} steps done again")
+    if rejected := events.get("rejected"):
+        told.append(f"{len(rejected):,} checkpoint{'s' * (len(rejected) != 1)} rejected")
+    if skipped := events.get("skipped"):
+        steps = ", ".join(str(one["step"]) for one in skipped)
+        told.append(f"{len(skipped)} step{'s' * (len(skipped) != 1)} left out as not finite ({steps})")
+    if spikes := events.get("spikes"):
+        told.append(f"the loss jumped at step {', '.join(str(one['step']) for one in spikes)}")
+    if files := events.get("accepted_changed_data"):
+        told.append(f"went on with changed data ({', '.join(files)})")
+    if (saving := events.get("checkpoints")) and saving["saved"]:
+        told.append(
+            f"{saving['saved']} checkpoint{'s' * (saving['saved'] != 1)} of {size(saving['bytes'])}: "
+            f"{saving['seconds']:.1f} s of the training's time, {saving['seconds_beside']:.1f} s beside it"
+        )
+    return told
 
 
 def table(summary: dict[str, Any]) -> str:

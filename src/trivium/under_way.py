@@ -71,7 +71,7 @@ class UnderWay:
     def done(self, stage: Stage, record: Mapping[str, Any]) -> None:
         """The stage is finished, its ``record`` written: its checkpoints go, but where the best was an earlier one."""
         if self.folder.is_dir():
-            best, last = record["events"].get("best") or {}, record["metrics"].get("after_loss", math.inf)
+            best, last = record.get("events", {}).get("best") or {}, record["metrics"].get("after_loss", math.inf)
             if stage.result != "best" and best.get("loss", math.inf) < last:
                 say(f"  the held-out loss was lowest after step {best['step']}: {best['loss']:.4f}")
                 kept = f"{shown(self.folder)} ({size(folder_bytes(self.folder))})"

@@ -51,6 +51,7 @@ class Process:
 
     def __init__(self, recipe: Path, *more: object, meanwhile: Callable[[], None] = lambda: None) -> None:
         self.log = recipe.parent / "said.txt"
+        self.log.write_text("", encoding="utf-8")
         self.started = time.monotonic()
         self.pid = os.fork()
         if self.pid:

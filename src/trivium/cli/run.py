@@ -31,11 +31,12 @@ def run(
 
     read = read_recipe(recipe, set_)
     from trivium.chain import run_recipe  # after the recipe is read: this one takes a second
-    from trivium.summary import table
+    from trivium.summary import account, table
 
     folder = out or Path("runs") / read.name
     summary = run_recipe(read, folder, until, None, fresh, accept_changed_data)
     print(table(summary))
+    print("", *account(summary), sep="\n")
     print(f"\n{folder / 'summary.json'}\n{folder / 'report.html'}")
 
 

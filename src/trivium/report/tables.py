@@ -6,7 +6,7 @@ from typing import Any
 
 from trivium.report.figures import colours
 from trivium.report.gather import RunView
-from trivium.summary import cost_table
+from trivium.summary import cost_table, happened
 from trivium.terminal import clock, size
 
 
@@ -76,6 +76,7 @@ def settings_rows(runs: list[RunView]) -> list[dict[str, Any]]:
                 "groups": [
                     ("data", [("files", _said(r["data"].get("paths"))), *data]),
                     ("settings", [(k, _said(v)) for k, v in r["settings"].items() if k not in ("name", "data")]),
+                    ("on the way", [("", told) for told in happened(r)]),
                     ("proof", proved), ("seconds", costs), ("versions", list(r["versions"].items())),
                 ],
             })  # fmt: skip
