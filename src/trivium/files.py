@@ -200,7 +200,7 @@ def start_folder(final: Path) -> Path:
 def recover(final: Path) -> None:
     """Put back what was to be replaced, where the process died before the new one was in its place; sweep the rest."""
     partial, old = (final.with_name(final.name + ending) for ending in (PARTIAL, OLD))
-    with clear_errors(final):
+    with clear_errors(final, BLOCK):
         if old.exists() and not final.exists():
             _do("rename", final, lambda: old.rename(final))
         for left in (partial, old):
@@ -242,7 +242,7 @@ def finish_folder(partial: Path, final: Path, about: Mapping[str, Any]) -> None:
 def remove_folder(path: Path) -> None:
     """Delete a folder so that no half of it keeps its name; nothing where it is not there."""
     gone = path.with_name(path.name + GONE)
-    with clear_errors(path):
+    with clear_errors(path, BLOCK):
         if gone.exists():
             _do("remove", gone, lambda: shutil.rmtree(gone))
         if path.exists():
@@ -256,7 +256,7 @@ def sweep(folder: Path) -> None:
         if left.name.endswith((PARTIAL, OLD)) and left.is_dir():
             recover(left.with_name(left.name.removesuffix(PARTIAL).removesuffix(OLD)))
         elif left.name.endswith(GONE):
-            with clear_errors(left):
+            with clear_errors(left, BLOCK):
                 _do("remove", left, lambda left=left: shutil.rmtree(left))  # type: ignore[misc]
 
 
