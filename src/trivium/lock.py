@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trivium.errors import BusyError
-from trivium.files import clear_errors
+from trivium.files import BLOCK, clear_errors
 
 LOCK = ".lock"
 
@@ -27,13 +27,13 @@ def only_run(folder: Path) -> Iterator[str | None]:
     """Hold ``folder`` for the block, or raise BusyError with who has it. Gives what is to be said of a lock that was
     left over, or None."""
     path = folder / LOCK
-    with clear_errors(path):
+    with clear_errors(path, BLOCK):
         handle = _open(path)
     try:
         left = _read(handle)
         os.ftruncate(handle, 0)
         mine = {"pid": os.getpid(), "host": socket.gethostname(), "started": _started(os.getpid())}
-        with clear_errors(path):
+        with clear_errors(path, BLOCK):
             os.pwrite(handle, json.dumps(mine).encode(), 0)
         yield (
             f"process {left.get('pid')} on {left.get('host')} died in this folder; its lock is taken over"

@@ -74,7 +74,7 @@ class Training:
         self.random: dict[str, torch.Tensor] = {}  # the random state after the last step
         self.found = found
         self.saved = 0  # the step of the last checkpoint
-        self.last_cost = 0.0  # seconds that it took, beside the training or not
+        self.waited = self.beside_before = 0.0  # seconds that the training waited for it, and of the threads before it
 
     # --- the whole
 
@@ -227,22 +227,25 @@ class Training:
             return self.done % stage.save_every == 0
         if stage.save_minutes:
             return since >= 60 * stage.save_minutes
-        return since >= max(LEAST_SECONDS, self.last_cost / SHARE)
+        if self.kept is None or self.kept.writing:
+            return False
+        cost = self.waited + self.kept.costs.seconds_beside - self.beside_before
+        return since >= max(LEAST_SECONDS, cost / SHARE)
 
     def save(self, best: bool = False, beside: bool = True) -> None:
         """A checkpoint of the state after the last step, unless there is one. Raises DiskError, NonFiniteError."""
         if self.kept is None or self.done == 0 or (self.saved == self.done and not best):
             return
-        started, before = time.perf_counter(), self.kept.costs.seconds_beside
+        started = time.perf_counter()
         with self.log.paused():
             self.kept.wait()
+            self.beside_before = self.kept.costs.seconds_beside
             beside = beside and snapshot.size_of(self.optimizers) < BESIDE * free_memory("cpu")
             taken = snapshot.take(self.model.hf, self.optimizers, self.device, copy=beside)
             taken["rng"] = self.random
             self.kept.save(self.done, taken, self._state(), {LOG: self.log.text()}, beside, best)
-        spent = time.perf_counter() - started
-        self.kept.costs.seconds += spent
-        self.last_cost = spent + self.kept.costs.seconds_beside - before
+        self.waited = time.perf_counter() - started
+        self.kept.costs.seconds += self.waited
         self.saved, self.saved_at = self.done, time.monotonic()
 
     def _state(self) -> dict[str, Any]:

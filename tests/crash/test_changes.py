@@ -230,7 +230,7 @@ def test_so_many_steps_may_be_left_out_and_each_is_counted(cell):
     found = events(recipe)["skipped"]
     assert [s["step"] for s in found] == [10, 30]
     assert all(len(s["rows"]) == 4 for s in found)
-    assert "x: 2 steps left out as not finite (10, 30)" in ended.said
+    assert "; 2 steps left out as not finite (10, 30)" in ended.said
     assert poison(cell("sft-lora", skip_non_finite=1), (10, 30)).code == 5
 
 

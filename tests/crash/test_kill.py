@@ -9,6 +9,7 @@ import os
 import random
 import signal
 import time
+from collections import Counter
 
 import pytest
 from tests.crash.process import CELLS, Process, events, left_over, result
@@ -74,3 +75,46 @@ def test_it_goes_on_rather_than_beginning_again(cell):
     whole = cell("sft-lora")
     assert Process(whole).wait().code == 0
     assert result(whole) == result(recipe), "nor does it matter how often it is saved"
+
+
+def test_every_example_exactly_once_per_epoch_however_often_it_is_killed(cell):
+    """Promise 9: the rows of each step, in order, are those of an unbroken run, and each epoch has every row once."""
+
+    def told(recipe) -> dict[int, list[str]]:
+        """The rows of each step by name; of a step that was done again, both times."""
+        seen: dict[int, list[str]] = {}
+        for line in (recipe.parent / "rows.txt").read_text(encoding="utf-8").splitlines():
+            step, rows = line.split(" ", 1)
+            names = [row.rpartition("/")[2] for row in rows.split(", ")]
+            assert seen.setdefault(int(step), names) == names, "a step that is done again has the same rows"
+        return seen
+
+    def telling(recipe) -> None:
+        from trivium.train.log import TrainingLog
+
+        step = TrainingLog.step
+
+        def writing(self, log, spike=False):
+            with (recipe.parent / "rows.txt").open("a", encoding="utf-8") as file:
+                file.write(f"{log.step} {', '.join(log.rows)}\n")
+            step(self, log, spike)
+
+        TrainingLog.step = writing
+
+    whole, killed = cell("sft-lora"), cell("sft-lora")
+    assert Process(whole, meanwhile=lambda: telling(whole)).wait().code == 0
+    rng, kills = random.Random(3), 0
+    while True:
+        process = Process(killed, meanwhile=lambda: telling(killed))
+        if kills < 3:
+            process.wait_for("held-out loss")
+        ended = process.wait(rng.uniform(0, 0.4) if kills < 3 else 60, then=signal.SIGKILL)
+        kills += ended.killed
+        if not ended.killed:
+            break
+    assert told(killed) == told(whole)
+    assert sorted(told(whole)) == list(range(1, 61))
+    stream = [row for step in range(1, 61) for row in told(whole)[step]]
+    seen = Counter(stream)
+    assert len(seen) == 43
+    assert max(seen.values()) - min(seen.values()) <= 1

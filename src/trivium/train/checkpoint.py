@@ -156,6 +156,11 @@ class Checkpoints:
             self._failed = error
         self.costs.seconds_beside += time.perf_counter() - started
 
+    @property
+    def writing(self) -> bool:
+        """Whether a thread is at it."""
+        return self._thread is not None and self._thread.is_alive()
+
     def wait(self) -> None:
         """Until nothing is being written any more. Raises what a save beside the training failed of."""
         if self._thread is not None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from trivium.files import clear_errors
+from trivium.files import BLOCK, clear_errors
 from trivium.terminal import PLAIN_EVERY, clock, say, size, write
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class TrainingLog:
             for row in rows:
                 tracker.row(row)
         if file is not None:
-            with clear_errors(file):
+            with clear_errors(file, BLOCK):
                 file.write_text(self.text(), encoding="utf-8")
                 self.file = file.open("a", encoding="utf-8")
 
@@ -112,7 +112,7 @@ class TrainingLog:
     def write(self, row: dict[str, Any]) -> None:
         self.rows.append(row)
         if self.file is not None:
-            with clear_errors(Path(self.file.name)):
+            with clear_errors(Path(self.file.name), BLOCK):
                 self.file.write(json.dumps(row) + "\n")
                 self.file.flush()
         if self.tracker is not None:
