@@ -244,7 +244,7 @@ def save(model: LanguageModel, settings: Settings, base: str | None, folder: Pat
     assert base is not None, "an adapter names its base"
     needed = model.trained_parameters() * model.saved_dtype.itemsize
     write_by(folder, lambda: adapter.save(model.hf, folder, base, settings, model.saved_dtype), needed)
-    write_by(folder, lambda: model.tokenizer.save_pretrained(folder))
+    save_tokenizer(model.tokenizer, folder)
 
 
 def save_model(model: LanguageModel, folder: Path, template: ChatTemplate) -> None:
@@ -266,4 +266,9 @@ def save_model(model: LanguageModel, folder: Path, template: ChatTemplate) -> No
         if "dtype" in part:
             part["dtype"] = str(model.saved_dtype).removeprefix("torch.")
     write_json(folder / "config.json", config)
-    write_by(folder, lambda: model.tokenizer.save_pretrained(folder))
+    save_tokenizer(model.tokenizer, folder)
+
+
+def save_tokenizer(tokenizer: Any, folder: Path) -> None:
+    """A tokenizer as `transformers` loads it. Raises DiskError."""
+    write_by(folder, lambda: tokenizer.save_pretrained(folder), len(tokenizer.backend_tokenizer.to_str()))

@@ -147,7 +147,8 @@ def _report(run: StageRun, work: Work, measured: dict[str, dict[str, float]], tr
     if run.folder is not None:
         quarantine = run.folder / "quarantine.jsonl"
         if data.ledger.set_aside or data.ledger.over_long:
-            write_by(quarantine, lambda: data.ledger.write_quarantine(quarantine))
+            rows = sum(len(place.row) for place in data.ledger.bad())
+            write_by(quarantine, lambda: data.ledger.write_quarantine(quarantine), rows)
         write_text(run.folder / LOG, training.log.text())
         written = {"bytes_on_disk": folder_bytes(run.folder, ".safetensors")}
     costs.seconds += costs.reference_seconds

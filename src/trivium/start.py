@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trivium.errors import DataError, RecipeError
-from trivium.files import sha256_json, whole_folder, write_by, write_json
+from trivium.files import sha256_json, whole_folder, write_json
 from trivium.recipe import Recipe, Stage
 from trivium.sources import by_file, hashes, trained_on
 from trivium.terminal import clock, say
@@ -102,7 +102,7 @@ def add_tokens(model: Any, stage: Stage, settings: Any) -> None:
 
 def _tokenizer(recipe: Recipe, stage: Stage, out: Path) -> None:
     """The tokenizer of a new model, in ``out/tokenizer``: the one given, or trained on the first stage's text."""
-    from trivium.folder import load_tokenizer, record_of
+    from trivium.folder import load_tokenizer, record_of, save_tokenizer
 
     assert isinstance(recipe.model, dict)
     final, given = out / "tokenizer", recipe.model.get("tokenizer")
@@ -119,7 +119,7 @@ def _tokenizer(recipe: Recipe, stage: Stage, out: Path) -> None:
     else:
         tokenizer = tokenizer_from(trained_on(stage), size_asked)
     with whole_folder(final) as partial:
-        write_by(partial, lambda: tokenizer.save_pretrained(partial))
+        save_tokenizer(tokenizer, partial)
         made = {"trivium": 1, "identity": identity, "made_from": made_from, "lineage": []}
         write_json(partial / "trivium.json", made)
 
