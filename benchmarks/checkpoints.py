@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import trivium
-from trivium import stage_training
+from trivium import stage_saving, stage_training
+from trivium.files import read_json
 from trivium.train.loop import train
 
 SIDES = ("none", "beside", "at once")
@@ -32,17 +33,17 @@ def loop_seconds(recipe: dict[str, Any], out: Path, side: str) -> tuple[float, d
         train(*arguments)
         took[0] = time.perf_counter() - started
 
-    due, beside, loop = stage_training.Training._due, stage_training.BESIDE, stage_training.train
+    due, beside, loop = stage_saving.Saving.due, stage_saving.BESIDE, stage_training.train
     stage_training.train = timed
     if side == "none":
-        stage_training.Training._due = lambda self: False  # type: ignore[method-assign]
+        stage_saving.Saving.due = lambda self, done: False  # type: ignore[method-assign]
     if side == "at once":
-        stage_training.BESIDE = 0.0
+        stage_saving.BESIDE = 0.0
     try:
         trivium.run(recipe, out)
     finally:
-        stage_training.Training._due, stage_training.BESIDE, stage_training.train = due, beside, loop  # type: ignore[method-assign]
-    record = trivium.files.read_json(out / "x" / "trivium.json")  # type: ignore[attr-defined]
+        stage_saving.Saving.due, stage_saving.BESIDE, stage_training.train = due, beside, loop  # type: ignore[method-assign]
+    record = read_json(out / "x" / "trivium.json")
     return took[0], record["events"]["checkpoints"]
 
 

@@ -156,6 +156,11 @@ class Model:
         Returns the stage's record: costs, metrics before and after, rows, proof, and the ``curve`` of every step. The
         model as it was before is the parent that preference tuning compares with. Raises a UserError.
         """
+        for key in ("save_every", "save_minutes", "keep_checkpoints", "result"):
+            if key in settings:
+                raise RecipeError(
+                    f"{key}: a model in memory has no checkpoints", "use trivium.run for a run in a folder"
+                )
         in_files = isinstance(rows, (str, Path))
         given: dict[str, Any] = {"data": str(rows) if in_files else "rows"}
         if eval_rows is not None:

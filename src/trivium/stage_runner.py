@@ -7,7 +7,6 @@ the objective declares. Final metrics are taken on what was saved.
 from __future__ import annotations
 
 import contextlib
-import datetime
 from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
@@ -27,7 +26,8 @@ from trivium.peft.settings import FullSettings, Settings, method_name, settings_
 from trivium.peft.targets import decoder_layers
 from trivium.stage_data import packed, run_order, stage_examples
 from trivium.stage_proof import probe, prove_start, recomputes
-from trivium.stage_training import LOG, Training
+from trivium.stage_saving import LOG
+from trivium.stage_training import Training
 from trivium.stage_work import StageRun, Work
 from trivium.terminal import say
 from trivium.train import recompute
@@ -172,5 +172,5 @@ def _report(run: StageRun, work: Work, measured: dict[str, dict[str, float]], tr
 
 
 def _of_template(template: ChatTemplate) -> dict[str, Any]:
-    date = {"date": str(template.date or datetime.date.today())} if template.jinja.uses_date else {}
+    date = {"date": template.told_date} if template.told_date else {}
     return {"sha256": template.sha256, "origin": template.origin, "stop_ids": sorted(template.stop_ids), **date}

@@ -79,6 +79,11 @@ class ChatTemplate:
     def sha256(self) -> str:
         return hashlib.sha256(self.source.encode("utf-8")).hexdigest()
 
+    @property
+    def told_date(self) -> str | None:
+        """The date that the template is told; None where it does not ask for it."""
+        return str(self.date or datetime.date.today()) if self.jinja.uses_date else None
+
     @cached_property
     def stop_ids(self) -> frozenset[int]:
         """Tokens at which generation stops: the one that ends the assistant's turn, and the tokenizer's own EOS."""

@@ -9,7 +9,6 @@ Which examples come next needs no state: the order is a function of the seed and
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -93,8 +92,3 @@ def set_random_state(state: dict[str, Tensor], device: str) -> None:
     torch.set_rng_state(state["cpu"])
     if device.startswith("cuda") and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def versions_differ(then: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """What is another than when a checkpoint was written, in words."""
-    return [f"{k} {then[k]} → {now[k]}" for k in now if k in then and then[k] != now[k]]
