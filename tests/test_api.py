@@ -238,6 +238,7 @@ def test_evaluate_is_what_training_reports(saved) -> None:
         (lambda m: m.train(REQUESTS, dtype="bfloat16"), ["dtype", "float32", "load()"]),
         (lambda m: m.train(REQUESTS, max_length=4096), ["max_length", "512"]),
         (lambda m: m.train("rows.jsonl", eval_rows=REQUESTS), ["eval_rows"]),
+        (lambda m: m.train(REQUESTS, save_every=5), ["save_every", "in memory", "trivium.run"]),
         (lambda m: m.attach("lorra"), ["no method 'lorra'", "lora"]),
         (lambda m: m.attach("lora", rank=3), ["rank", "lora"]),
         (lambda m: m.attach("full"), ["full is no adapter"]),

@@ -28,7 +28,7 @@ from trivium.under_way import versions
 LOG = "metrics.jsonl"
 KEPT = 2  # checkpoints, where the recipe does not say how many: one to fall back on
 SPARE = 2**20  # bytes, for logs and tables
-LEAST_SECONDS = 30.0  # between two checkpoints, where the recipe does not say how many
+LEAST_SECONDS = 10.0  # between two checkpoints, where the recipe does not say how many
 SHARE = 0.02  # of the training's time that they may then take
 BESIDE = 0.1  # of the free memory that a copy of the state may take, to be written beside the training
 
