@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from trivium.checks import check_data, check_fit, check_sizes, check_texts
 from trivium.errors import CheckpointError, ModelError, RecipeError, nearest
-from trivium.files import MANIFEST, clear_errors, damage, make_folder, sha256_json, sweep, whole_folder, write_json
+from trivium.files import MANIFEST, clear_errors, damage, make_folder, recover, sha256_json, whole_folder, write_json
 from trivium.lock import LOCK, only_run
 from trivium.measures import Measures
 from trivium.recipe import Recipe, Stage
@@ -63,7 +63,8 @@ def run_recipe(
     ordered = [settings[stage.name] for stage in stages]
     if fresh:
         with only_run(out):
-            say(f"--fresh: what was there is kept in {shown(set_aside(out))}")
+            if (aside := set_aside(out)) is not None:
+                say(f"--fresh: what was there is kept in {shown(aside)}")
         make_folder(out)
     with only_run(out) as left:
         if left:
@@ -75,7 +76,8 @@ def _in_order(
     recipe: Recipe, ordered: list[Stage], notes: dict[str, list[str]], out: Path, judge: Judge | None, accept: bool
 ) -> dict[str, Any]:
     """All stages, one after the other; returns the summary."""
-    sweep(out)
+    for name in (BASE, "tokenizer", *(n for s in ordered for n in (s.name, f"{s.name}-base"))):
+        recover(out / name)  # what an attempt that died left; nothing else in this folder is ours to sweep
     measures = Measures(out, recipe, ordered, judge)
     links: dict[str, Link] = {}
     summary: dict[str, Any] = {"name": recipe.name, "seed": recipe.seed, "stages": []}
@@ -174,11 +176,14 @@ def check_whole(folder: Path, quick: bool = False) -> None:
         raise CheckpointError(reason, f"restore it from a copy, or delete {shown(folder)}, and its stage is run again")
 
 
-def set_aside(out: Path) -> Path:
-    """Give a run's folder another name, which is returned. Raises ModelError where it is no run's."""
+def set_aside(out: Path) -> Path | None:
+    """Give a run's folder another name, which is returned; None where it is empty. Raises ModelError where it is no
+    run's."""
     there = [p for p in out.iterdir() if p.name != LOCK]
+    if not there:
+        return None
     ours = [p for p in there if p.name == SUMMARY or p.name.endswith(TRAINING) or (p / "trivium.json").is_file()]
-    if there and not ours:
+    if not ours:
         raise ModelError(f"{out}: not a run of trivium, so it is not moved", "choose another --out")
     number = next(n for n in count(1) if not out.with_name(f"{out.name}.{n}").exists())
     aside = out.with_name(f"{out.name}.{number}")

@@ -58,7 +58,7 @@ def clear_errors(path: Path, needed: int | None = None) -> Iterator[None]:
             raise no_room(path, needed) from None
         if not isinstance(error, OSError):
             raise
-        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST):
+        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EBUSY):
             raise DiskError(
                 f"{path}: cannot be written ({error.strerror})", "choose another folder with --out"
             ) from None

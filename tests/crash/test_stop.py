@@ -234,3 +234,22 @@ def test_fresh_moves_nothing_that_is_not_ours(cell):
     assert ended.code == 2, ended.said
     assert "not a run of trivium, so it is not moved" in ended.said
     assert [p.name for p in out.iterdir()] == ["thesis.txt"]
+
+
+def test_nothing_that_is_not_ours_is_swept(cell):
+    recipe = cell("sft-lora", max_steps=2)
+    mine = [recipe.parent / "out" / name for name in ("photos", "photos.old", "notes.old", "draft.partial", "x.gone")]
+    for folder in mine:
+        folder.mkdir(parents=True)
+    first = Process(recipe, "--fresh").wait()
+    assert first.code == 2, "they are no run's"
+    assert Process(recipe).wait().code == 0
+    assert all(folder.is_dir() for folder in mine)
+
+
+def test_fresh_with_nothing_there(cell):
+    recipe = cell("sft-lora", max_steps=2)
+    ended = Process(recipe, "--fresh").wait()
+    assert ended.code == 0, ended.said
+    assert "kept in" not in ended.said
+    assert not (recipe.parent / "out.1").exists()
