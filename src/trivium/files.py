@@ -29,6 +29,10 @@ PARTIAL = ".partial"  # being written
 OLD = ".old"  # about to be replaced
 GONE = ".gone"  # about to be deleted
 MANIFEST = "manifest.json"
+NOT_OURS = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EBUSY, errno.EISDIR, errno.ENOENT,
+    errno.ENAMETOOLONG, errno.ELOOP,
+)  # fmt: skip
 BLOCK = 4096  # bytes that a folder takes
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -58,7 +62,7 @@ def clear_errors(path: Path, needed: int | None = None) -> Iterator[None]:
             raise no_room(path, needed) from None
         if not isinstance(error, OSError):
             raise
-        if code in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EBUSY):
+        if code in NOT_OURS:
             raise DiskError(
                 f"{path}: cannot be written ({error.strerror})", "choose another folder with --out"
             ) from None
@@ -205,7 +209,7 @@ def recover(final: Path) -> None:
             _do("rename", final, lambda: old.rename(final))
         for left in (partial, old):
             if left.exists():
-                _do("remove", left, lambda left=left: shutil.rmtree(left))  # type: ignore[misc]
+                _do("remove", left, lambda left=left: _remove(left))  # type: ignore[misc]
 
 
 @contextlib.contextmanager
@@ -236,7 +240,7 @@ def finish_folder(partial: Path, final: Path, about: Mapping[str, Any]) -> None:
         _do("rename", final, lambda: partial.rename(final))
         _do("fsync", final.parent, lambda: _fsync(final.parent))
         if old.exists():
-            _do("remove", old, lambda: shutil.rmtree(old))
+            _do("remove", old, lambda: _remove(old))
 
 
 def remove_folder(path: Path) -> None:
@@ -244,20 +248,27 @@ def remove_folder(path: Path) -> None:
     gone = path.with_name(path.name + GONE)
     with clear_errors(path, BLOCK):
         if gone.exists():
-            _do("remove", gone, lambda: shutil.rmtree(gone))
+            _do("remove", gone, lambda: _remove(gone))
         if path.exists():
             _do("rename", gone, lambda: path.rename(gone))
-            _do("remove", gone, lambda: shutil.rmtree(gone))
+            _do("remove", gone, lambda: _remove(gone))
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def sweep(folder: Path) -> None:
     """Put in order what a process that died left among the folders in ``folder``."""
     for left in sorted(folder.iterdir()) if folder.is_dir() else []:
-        if left.name.endswith((PARTIAL, OLD)) and left.is_dir():
+        if left.name.endswith((PARTIAL, OLD)):
             recover(left.with_name(left.name.removesuffix(PARTIAL).removesuffix(OLD)))
         elif left.name.endswith(GONE):
             with clear_errors(left, BLOCK):
-                _do("remove", left, lambda left=left: shutil.rmtree(left))  # type: ignore[misc]
+                _do("remove", left, lambda left=left: _remove(left))  # type: ignore[misc]
 
 
 # --- manifests: a folder that tells whether it still is what was written

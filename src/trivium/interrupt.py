@@ -54,6 +54,16 @@ def stop_at_once() -> None:
     _handle(stop)
 
 
+def asked() -> bool:
+    """Whether a signal has raised Stopped, which a library may have turned into an error of its own."""
+    return bool(_asked)
+
+
+def ignore() -> None:
+    """Signals do nothing any more: the end is decided, and its exit code with it."""
+    _handle(signal.SIG_IGN)
+
+
 @contextlib.contextmanager
 def deferred() -> Iterator[Stop]:
     """Signals only set ``requested`` within the block. Raises Stopped after it where that was not looked at."""

@@ -282,3 +282,13 @@ def test_a_reader_that_goes_away_gets_no_traceback(walk):
     process.stdout.close()
     assert process.stderr.read() == b""
     process.wait(timeout=60)
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_an_output_that_cannot_be_written_is_a_clear_error(walk):
+    with Path("/dev/full").open("w") as full:
+        process = subprocess.run([*COMMAND, "inspect", str(walk.folder / "base")], stdout=full, stderr=subprocess.PIPE,
+                                 env=ENVIRONMENT, text=True, check=False)  # fmt: skip
+    assert process.returncode == 3, process.stderr
+    assert process.stderr.startswith("error: the output cannot be written (No space left on device)\n")
+    assert "Traceback" not in process.stderr

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -138,6 +139,37 @@ def test_where_every_checkpoint_is_damaged_the_user_decides(cell):
     )
     assert "--fresh" in ended.said
     assert Process(recipe, "--fresh").wait().code == 0
+
+
+def test_a_training_without_its_checkpoints_does_not_begin_again_in_silence(cell):
+    recipe = cell("sft-lora")
+    interrupted(recipe)
+    for folder in (recipe.parent / "out").glob("x.training/*/step-*"):
+        shutil.rmtree(folder)
+    ended = Process(recipe).wait()
+    assert ended.code == 0, ended.said
+    assert "an attempt before came to step 25, but has no checkpoint: this one starts at step 1" in ended.said
+
+
+def test_a_renamed_stage_tells_of_the_training_under_its_former_name(cell):
+    recipe = cell("sft-lora")
+    interrupted(recipe)
+    change(recipe, name="renamed")
+    ended = Process(recipe).wait()
+    assert ended.code == 0, ended.said
+    assert "this very training is under way as another stage, in " in ended.said
+
+
+@pytest.mark.parametrize("name", [".lock", "x.training"])
+def test_what_stands_in_the_way_is_a_clear_error(name, cell):
+    recipe = cell("sft-lora")
+    there = recipe.parent / "out" / name
+    there.parent.mkdir()
+    there.mkdir() if name == ".lock" else there.touch()
+    ended = Process(recipe).wait()
+    assert ended.code == 3, ended.said
+    assert "Traceback" not in ended.said
+    assert f"{there}" in ended.said
 
 
 def test_the_parents_numbers_are_kept_and_mended(cell):

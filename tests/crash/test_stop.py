@@ -83,6 +83,37 @@ def test_a_signal_before_the_first_step(number, cell):
     assert left_over(recipe.parent / "out") == []
 
 
+def test_a_signal_that_a_library_turns_into_its_own_error(cell):
+    """As an import does that is interrupted; and what follows while the process ends changes the exit code no more."""
+    recipe = cell("sft-lora")
+
+    def meanwhile() -> None:
+        from trivium import chain
+
+        def check(recipe) -> None:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(1)
+            except BaseException:
+                raise ModuleNotFoundError("Could not import module 'LlamaConfig'") from None
+
+        chain.check_sizes = check
+        from trivium.cli import main
+
+        say = main.say
+
+        def impatient(text: str) -> None:
+            say(text)
+            os.kill(os.getpid(), signal.SIGINT)
+
+        main.say = impatient
+
+    ended = Process(recipe, meanwhile=meanwhile).wait()
+    assert ended.code == 75, ended.said
+    assert "Traceback" not in ended.said
+    assert "finished stages and checkpoints are kept" in ended.said
+
+
 def test_a_signal_amid_a_save(cell, expected):
     recipe = cell("sft-lora", save_every=4)
 

@@ -8,8 +8,9 @@ import sys
 import typer
 
 from trivium.cli import data, run, talk
-from trivium.errors import Interrupted, UserError
-from trivium.interrupt import Stopped, stop_at_once
+from trivium.errors import DiskError, Interrupted, UserError
+from trivium.files import NO_ROOM
+from trivium.interrupt import Stopped, asked, ignore, stop_at_once
 from trivium.terminal import say
 
 app = typer.Typer(
@@ -33,15 +34,28 @@ def main() -> None:
     try:
         app(standalone_mode=True)
     except UserError as error:
-        _stop(error, error.exit_code)
-    except (Stopped, KeyboardInterrupt):
-        kept = "; finished stages are kept" if sys.argv[1:2] in (["run"], ["demo"]) else ""
-        _stop(Interrupted(f"interrupted{kept}", "run the same command again to go on"), 75)
+        _stop(error)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _close_output()
         sys.exit(0)
+    except BaseException as error:
+        # a library that was being imported may have made an error of its own of the interruption
+        if asked() or isinstance(error, (Stopped, KeyboardInterrupt)):
+            kept = "; finished stages and checkpoints are kept" if sys.argv[1:2] in (["run"], ["demo"]) else ""
+            _stop(Interrupted(f"interrupted{kept}", "run the same command again to go on"))
+        if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
+            _close_output()
+            what = f"the output cannot be written ({error.strerror})"
+            _stop(DiskError(what, "free some space; what was made is kept, and the same command shows it again"))
+        raise
 
 
-def _stop(error: UserError, code: int) -> None:
+def _close_output() -> None:
+    """What is still to be printed goes nowhere."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def _stop(error: UserError) -> None:
+    ignore()
     say(f"{'' if not sys.stderr.isatty() else chr(13)}error: {error}")
-    sys.exit(code)
+    sys.exit(error.exit_code)
