@@ -171,9 +171,8 @@ class Training:
     def _note_attempt(self, saving: Saving) -> None:
         repeats = max(0, self.logged - self.done)
         if self.logged and not self.done:
-            say(
-                f"  note: an attempt before came to step {self.logged}, but has no checkpoint: this one starts at step 1"
-            )
+            told = f"an attempt before came to step {self.logged}, but has no checkpoint: this one starts at step 1"
+            say(f"  note: {told}")
         saving.under.attempt(after=self.done, repeats=repeats, rejected=saving.kept.rejected)
 
     def save(self, best: bool = False, beside: bool = True) -> None:
