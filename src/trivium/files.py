@@ -218,8 +218,9 @@ def whole_folder(final: Path, about: Mapping[str, Any] | None = None) -> Iterato
 
     ``about`` is kept in its manifest.
     """
-    partial = start_folder(final)
+    partial = final.with_name(final.name + PARTIAL)
     try:
+        start_folder(final)
         yield partial
         finish_folder(partial, final, about or {})
     except BaseException:  # an interruption, too

@@ -22,7 +22,7 @@ from tests.crash.process import Process, left_over, result
 from trivium.train.checkpoint import steps_in
 
 SHORT = {"max_steps": 6, "save_every": 2, "keep_checkpoints": 1}
-EVERY = 17  # so manieth operation, where there is little time
+EVERY = 29  # so manieth operation, where there is little time
 DISKS = {"dies": Dies, "full": Full, "power": PowerCut}
 
 
