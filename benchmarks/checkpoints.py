@@ -1,6 +1,6 @@
 """What checkpoints cost: the same training with one every so many steps, written beside it, at once, and with none.
 
-    python benchmarks/checkpoints.py [--width 512] [--steps 60] [--every 10] [--runs 3]
+    python benchmarks/checkpoints.py [--width 256] [--steps 20] [--every 5] [--runs 3]
 
 Everything runs in one process, the sides taking turns; what counts are the ratios. The seconds are those of the whole
 loop, saves included. The model is of random weights and trained in full: 16 bytes a parameter are written.
@@ -49,7 +49,7 @@ def loop_seconds(recipe: dict[str, Any], out: Path, side: str) -> tuple[float, d
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, value in (("width", 512), ("steps", 60), ("every", 10), ("runs", 3)):
+    for name, value in (("width", 256), ("steps", 20), ("every", 5), ("runs", 3)):
         parser.add_argument(f"--{name}", type=int, default=value)
     asked = parser.parse_args()
     rng = random.Random(0)
