@@ -159,6 +159,15 @@ def append_line(path: Path, line: str) -> None:
         _do("fsync", path, lambda: _fsync(path))
 
 
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The mappings in a file of JSON lines, but for lines that cannot be read; none where there is no file."""
+    found = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError):
+            found.append(json.loads(line))
+    return [row for row in found if isinstance(row, dict)]
+
+
 def write_by(path: Path, act: Callable[[], Any], needed: int | None = None) -> None:
     """Let ``act``, of another library, write ``needed`` bytes into ``path``, in a folder that is whole or absent, as
     one operation."""
@@ -192,13 +201,12 @@ def read_json(path: Path) -> Any:
         raise ModelError(f"{path}: not JSON that can be read ({str(error)[:80]})", "restore the file") from None
 
 
-def start_folder(final: Path) -> Path:
+def start_folder(final: Path) -> None:
     """An empty folder beside ``final`` to write into; what an earlier, unfinished attempt left there is removed."""
     partial = final.with_name(final.name + PARTIAL)
     recover(final)
     with clear_errors(partial, BLOCK):
         _do("mkdir", partial, lambda: partial.mkdir(parents=True))
-    return partial
 
 
 def recover(final: Path) -> None:

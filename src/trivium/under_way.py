@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from trivium import __version__
 from trivium.errors import DataError
-from trivium.files import append_line, folder_bytes, make_folder, remove_folder, sweep
+from trivium.files import append_line, folder_bytes, make_folder, read_lines, remove_folder, sweep
 from trivium.terminal import say, shown, size
 from trivium.train.checkpoint import peek
 
@@ -50,16 +50,7 @@ class UnderWay:
 
     def attempts(self) -> list[dict[str, Any]]:
         """The journal's lines that can be read."""
-        found = []
-        path = self.folder / JOURNAL
-        for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                continue
-            if isinstance(row, dict):
-                found.append(row)
-        return found
+        return read_lines(self.folder / JOURNAL)
 
     @classmethod
     def of(cls, out: Path, name: str, about: Mapping[str, Any]) -> UnderWay:
@@ -89,6 +80,8 @@ def under_way(out: Path, name: str, about: Mapping[str, Any], accept_changed_dat
     training = mine.folder.parent
     folders = [mine.folder, *(sorted(training.iterdir()) if training.is_dir() else [])]
     found = {folder: state for folder in folders if (state := peek(folder)) is not None}
+    # of a finished training only the best checkpoint is kept: new data or settings are meant, and nothing is lost
+    found = {f: s for f, s in found.items() if f == mine.folder or s.get("step") != s.get("steps")}
     for folder, state in found.items():
         before = state.get("about", {})
         if any(before.get(k) != about[k] for k in ("parent", "settings")):

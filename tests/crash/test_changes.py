@@ -83,6 +83,17 @@ def test_changed_data_can_be_accepted(cell):
     assert "done before" in Process(recipe).wait().said
 
 
+def test_new_data_for_a_finished_stage_is_meant_though_its_best_checkpoint_is_kept(cell):
+    recipe = cell("sft-full", learning_rate=3e-2, eval_every=5)
+    assert "its checkpoint is kept in" in Process(recipe).wait().said
+    file = recipe.parent / "chats.jsonl"
+    file.write_text(file.read_text(encoding="utf-8") + '{"prompt": "red", "completion": "blue"}\n', encoding="utf-8")
+    ended = Process(recipe).wait()
+    assert ended.code == 0, ended.said
+    assert "was under way" not in ended.said
+    assert "step 1/60" in ended.said
+
+
 def test_other_settings_begin_again_and_going_back_goes_on(cell):
     recipe = cell("sft-lora")
     interrupted(recipe)

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
-from trivium.files import BLOCK, clear_errors
+from trivium.files import BLOCK, clear_errors, read_lines
 from trivium.terminal import PLAIN_EVERY, clock, say, size, write
 
 if TYPE_CHECKING:
@@ -127,12 +127,4 @@ class TrainingLog:
 
 def read_log(path: Path) -> list[dict[str, Any]]:
     """The rows of a ``metrics.jsonl``; a line that cannot be read is left out, as it is only shown."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            continue
-        if isinstance(row, dict) and isinstance(row.get("step"), int):
-            rows.append(row)
-    return rows
+    return [row for row in read_lines(path) if isinstance(row.get("step"), int)]
