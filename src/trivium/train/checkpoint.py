@@ -57,9 +57,6 @@ class Found:
         """Its tensors, by file."""
         return read_tensors(self.folder)
 
-    def text(self, name: str) -> str:
-        return (self.folder / name).read_text(encoding="utf-8")
-
 
 @dataclass
 class Costs:
