@@ -26,7 +26,6 @@ from trivium.train.machine import free_memory
 from trivium.under_way import versions
 
 LOG = "metrics.jsonl"
-KEPT = 2  # checkpoints, where the recipe does not say how many: one to fall back on
 SPARE = 2**20  # bytes, for logs and tables
 LEAST_SECONDS = 10.0  # between two checkpoints, where the recipe does not say how many
 SHARE = 0.02  # of the training's time that they may then take
@@ -40,7 +39,7 @@ class Saving:
         assert run.under_way is not None, "there is where to save"
         self.run, self.work, self.optimizers, self.under = run, work, optimizers, run.under_way
         same = sha256_json([self.under.about["parent"], self.under.about["settings"]])  # the data may change, if asked
-        self.kept = Checkpoints(self.under.folder, {"training": same}, last=run.stage.keep_checkpoints or KEPT)
+        self.kept = Checkpoints(self.under.folder, {"training": same}, last=int(run.stage.keep_checkpoints or 1))
         self.found = self.kept.newest()
         self.state: dict[str, Any] = self.found.state if self.found else {}
         self.step = 0
