@@ -29,7 +29,8 @@ from trivium.folder import Opened, identity_of, open_folder, place, record_of, s
 from trivium.model.proof import prove
 from trivium.objectives import objective
 from trivium.peft import base as deltas
-from trivium.peft.settings import FullSettings, method_name, settings_for, settings_of
+from trivium.peft.kinds import FullSettings
+from trivium.peft.settings import method_name, settings_for, settings_of
 from trivium.recipe import DataSource, Recipe, Stage
 from trivium.recipe_file import read_recipe, recipe_of
 from trivium.stage_data import InMemory, packed, stage_examples

@@ -199,7 +199,8 @@ def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path
 
     from trivium.folder import identity_of, open_folder, place
     from trivium.peft import base as deltas
-    from trivium.peft.settings import FullSettings, settings_of
+    from trivium.peft.kinds import FullSettings
+    from trivium.peft.settings import settings_of
     from trivium.stage_runner import StageRun
     from trivium.train.machine import pick_device, pick_dtype
 

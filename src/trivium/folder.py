@@ -17,7 +17,7 @@ from trivium.errors import ModelError
 from trivium.files import read_json, sha256_file, sha256_json, write_by, write_json
 from trivium.model.language_model import LanguageModel
 from trivium.model.load import load_base, offline_where_unreachable, quiet
-from trivium.peft.settings import FullSettings, Settings
+from trivium.peft.kinds import FullSettings, Settings
 
 if TYPE_CHECKING:
     from trivium.data.chat import ChatTemplate

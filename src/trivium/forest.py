@@ -59,6 +59,7 @@ class Example:
     origin: str = ""
     text_bytes: int = 0  # UTF-8 bytes of what is trained, stop tokens not counted, for bits per byte; 0: not said
     key: Hashable = None  # tells it from any other, where it is made anew each time it is asked for
+    adapter: str | None = None  # which adapter of the model its tree is under, where trees of a batch name theirs
 
     @property
     def identity(self) -> Hashable:
@@ -94,6 +95,7 @@ class Forest:
     sequences: int  # S
     segments: tuple[Segment, ...]
     examples: tuple[Example, ...] = ()  # what it was laid out from, in order of their sequences
+    adapters: tuple[tuple[str | None, int], ...] = ()  # where trees name adapters: each one's name and tokens, in order
 
     def to(self, device: torch.device | str) -> Forest:
         moved = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -132,7 +134,8 @@ def lay_out(examples: Iterable[Example], share: bool = True) -> Forest:
 
     examples = tuple(examples)
     flat = [s for e in examples for s in e.sequences]
-    line, where, end = _lines([s.inputs for s in flat], MIN_SHARED if share else None)
+    names = [e.adapter for e in examples for _ in e.sequences]
+    line, where, end, adapters = _by_adapter([s.inputs for s in flat], names, MIN_SHARED if share else None)
     depth = np.empty(len(line), np.int64)
     source, target, weight, sequence = [], [], [], []
     for number, (s, at) in enumerate(zip(flat, where, strict=True)):
@@ -158,7 +161,29 @@ def lay_out(examples: Iterable[Example], share: bool = True) -> Forest:
         sequences=len(flat),
         segments=segments_of(end, depth),
         examples=examples,
+        adapters=adapters,
     )
+
+
+def _by_adapter(
+    inputs: list[np.ndarray], names: list[str | None], min_shared: int | None
+) -> tuple[np.ndarray, list[np.ndarray], np.ndarray, tuple[tuple[str | None, int], ...]]:
+    """`_lines` of what is under each adapter, one after the other, sharing nothing; and what is whose."""
+    wanted = list(dict.fromkeys(names))
+    if wanted in ([], [None]):
+        return *_lines(inputs, min_shared), ()
+    where: list[np.ndarray] = [np.empty(0, np.int64)] * len(inputs)
+    lines, ends, adapters, start = [], [], [], 0
+    for name in wanted:
+        own = [n for n, other in enumerate(names) if other == name]
+        line, places, end = _lines([inputs[n] for n in own], min_shared)
+        for n, at in zip(own, places, strict=True):
+            where[n] = at + start
+        lines.append(line)
+        ends.append(end + start)
+        adapters.append((name, len(line)))
+        start += len(line)
+    return np.concatenate(lines), where, np.concatenate(ends), tuple(adapters)
 
 
 def _lines(inputs: list[np.ndarray], min_shared: int | None) -> tuple[np.ndarray, list[np.ndarray], np.ndarray]:

@@ -22,7 +22,8 @@ from trivium.model.language_model import LanguageModel
 from trivium.model.proof import prove
 from trivium.objectives import objective
 from trivium.peft import base as deltas
-from trivium.peft.settings import FullSettings, Settings, method_name, settings_of
+from trivium.peft.kinds import FullSettings, Settings
+from trivium.peft.settings import method_name, settings_of
 from trivium.peft.targets import decoder_layers
 from trivium.stage_data import packed, run_order, stage_examples
 from trivium.stage_proof import probe, prove_start, recomputes

@@ -17,7 +17,7 @@ import torch
 
 from trivium.errors import CheckpointError, DataError
 from trivium.files import check_room, folder_bytes, sha256_json
-from trivium.peft.settings import FullSettings
+from trivium.peft.kinds import FullSettings
 from trivium.stage_work import StageRun, Work
 from trivium.terminal import say
 from trivium.train import snapshot

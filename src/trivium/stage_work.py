@@ -19,7 +19,7 @@ from trivium.folder import Opened
 from trivium.model.language_model import LanguageModel
 from trivium.model.proof import Proof
 from trivium.objectives.base import Objective
-from trivium.peft.settings import Settings
+from trivium.peft.kinds import Settings
 from trivium.recipe import Stage
 from trivium.stage_data import InMemory
 from trivium.train.track import Tracker

@@ -85,7 +85,7 @@ def is_start(recipe: Recipe, parent: Link) -> bool:
 def add_tokens(model: Any, stage: Stage, settings: Any) -> None:
     """ChatML's two tokens for a base that has no chat template; their embedding rows are trained, so only in full."""
     from trivium.model.tokens import add_chat_tokens
-    from trivium.peft.settings import FullSettings
+    from trivium.peft.kinds import FullSettings
 
     if not isinstance(settings, FullSettings):
         raise RecipeError(
@@ -138,7 +138,7 @@ def tokenizer_from(sources: Sequence[Source | Mix], vocab_size: int) -> Any:
 def new_start(recipe: Recipe, out: Path, dtype: str, device: str) -> Opened:
     """The recipe's new model, with the run's tokenizer."""
     from trivium.folder import Opened, load_tokenizer
-    from trivium.peft.settings import FullSettings
+    from trivium.peft.kinds import FullSettings
 
     assert isinstance(recipe.model, dict)
     sizes = {k: v for k, v in recipe.model.items() if k != "tokenizer"}

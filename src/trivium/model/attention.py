@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trivium.forest import Forest, Segment
+from trivium.virtual import Virtual
 
 NAME = "trivium_forest"
 
@@ -60,6 +61,7 @@ class Plan:
     forest: Forest
     masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
     blocks: dict[int | None, Any] = field(default_factory=dict)  # FlexAttention block masks, by window
+    given: tuple[tuple[int, Virtual], ...] = ()  # places from which on keys and values are given, not computed
 
     @cached_property
     def calls(self) -> list[Call]:
@@ -131,12 +133,21 @@ def forest_attention(
     """
     if forest is None or query.shape[0] != 1 or position_bias is not None:
         raise NotImplementedError("forest attention wants one line, its forest, and no position bias")
+    for at, virtual in forest.given:
+        keys, values = virtual.keys_values[module.layer_idx]  # type: ignore[index]
+        key, value = (put(x, at, own, dim=2) for x, own in ((key, keys), (value, values)))
     options = Options(dropout, scaling, sliding_window, softcap, s_aux)
     if query.is_cuda:
         from trivium.model.flex import flex_forest_attention
 
         return flex_forest_attention(query, key, value, forest, options), None
     return segment_attention(query, key, value, forest, options), None
+
+
+def put(x: Tensor, at: int, own: Tensor, dim: int) -> Tensor:
+    """``x`` with ``own`` (of its shape without the first dimension) at the places of ``dim`` from ``at`` on."""
+    before, after = x.narrow(dim, 0, at), x.narrow(dim, at + own.shape[dim - 1], x.shape[dim] - at - own.shape[dim - 1])
+    return torch.cat([before, own[None].to(x.dtype), after], dim)
 
 
 @dataclass(frozen=True, eq=False)

@@ -18,7 +18,9 @@ from torch import Tensor
 
 from trivium.errors import ModelError
 from trivium.model.language_model import LanguageModel
+from trivium.model.layout import row_inputs
 from trivium.model.proof import TOLERANCE
+from trivium.virtual import Virtual
 
 CACHE_BYTES = 2**29  # what the keys and values of a batch may take, at most
 KEEP = 0.75  # rows that have ended leave the batch when no more than this share of it goes on
@@ -111,7 +113,7 @@ def _together(
             mask, batch = mask[chosen], going
         mask = torch.cat([mask, mask.new_ones(len(batch), 1)], dim=1)
         following = torch.tensor([[picked[number]] for number in batch], device=model.device)
-        logits, cache = _forward(model, following, mask, cache)
+        logits, cache = _forward(model, {"input_ids": following}, mask, cache)
 
 
 def _repeated(
@@ -146,19 +148,37 @@ def _read(model: LanguageModel, rows: list[Row]) -> tuple[Tensor, Tensor, Any]:
     for at, (_, ids) in enumerate(rows):
         tokens[at, longest - len(ids) :] = torch.tensor(ids)
         mask[at, longest - len(ids) :] = 1
-    mask = mask.to(model.device)
-    logits, cache = _forward(model, tokens.to(model.device), mask, None)
+    tokens, mask = tokens.to(model.device), mask.to(model.device)
+    virtual, what, cache = model.virtual, {"input_ids": tokens}, None
+    if virtual is not None:  # they come first, before the fill, which is masked
+        mask = torch.cat([mask.new_ones(len(rows), virtual.length), mask], 1)
+        if virtual.embeddings is not None:
+            what, _ = row_inputs(model.hf, tokens, virtual)
+        else:
+            cache = _begun_with(virtual, model, len(rows))
+    logits, cache = _forward(model, what, mask, cache)
     return logits, mask, cache
 
 
-def _forward(model: LanguageModel, tokens: Tensor, mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
-    """Logits behind the last of ``tokens [B, n]``, ``[B, V]``; ``mask`` covers these and all before."""
+def _begun_with(virtual: Virtual, model: LanguageModel, batch: int) -> Any:
+    """A cache that begins with a prefix."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config)
+    for number, pair in enumerate(virtual.keys_values):
+        keys, values = (x.to(model.dtype).expand(batch, -1, -1, -1) for x in pair)
+        cache.update(keys, values, number)
+    return cache
+
+
+def _forward(model: LanguageModel, what: dict[str, Tensor], mask: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    """Logits behind the last of what is read, ``[B, V]``; ``mask`` covers it and all before."""
     filled = {}
     if not mask.all():  # a batch without fill is left to the model's own ways
-        position = (mask.cumsum(1) - 1).clamp_min(0)[:, -tokens.shape[1] :]
-        filled = {"attention_mask": mask, "position_ids": position}
+        count = next(iter(what.values())).shape[1]
+        filled = {"attention_mask": mask, "position_ids": (mask.cumsum(1) - 1).clamp_min(0)[:, -count:]}
     with model.computing():
-        out = model.hf(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1, **filled)
+        out = model.hf(**what, past_key_values=cache, use_cache=True, logits_to_keep=1, **filled)
     return out.logits[:, -1], out.past_key_values
 
 

@@ -14,6 +14,7 @@ from trivium.forest import Forest
 from trivium.model import attention
 from trivium.model.layout import hidden_states
 from trivium.model.readout import Readout, readout_of
+from trivium.virtual import Adapters, Virtual, adapters_of
 
 # On CUDA lines are filled to a multiple of this, so that few shapes are compiled.
 FILL_CUDA = 1024
@@ -52,8 +53,9 @@ class LanguageModel:
 
     @property
     def context(self) -> int:
-        """The longest sequence the model was built for, in tokens."""
-        return context_of(self.config) or 2**20
+        """The longest sequence the model was built for, in tokens; virtual ones take their part of it."""
+        virtual = self.virtual
+        return (context_of(self.config) or 2**20) - (virtual.length if virtual else 0)
 
     @property
     def readout(self) -> Readout:
@@ -67,8 +69,31 @@ class LanguageModel:
             return torch.zeros(0, device=self.device)
         with self.computing():
             fill = FILL_CUDA if self.device.type == "cuda" else None
-            hidden = hidden_states(self.hf.base_model, forest, self.layout, fill)
+            hidden = hidden_states(self.hf.base_model, forest, self.layout, fill, self.adapters)
+            return self._read(hidden, forest)
+
+    def _read(self, hidden: Tensor, forest: Forest) -> Tensor:
+        """``hidden [K, D]`` -> log-probabilities ``[K]``, each under the adapter of its tree."""
+        if not forest.adapters or self.adapters is None:
             return self.readout(hidden, forest.target)
+        start, found = 0, torch.zeros(len(hidden), device=hidden.device)
+        for name, tokens in forest.adapters:
+            own = torch.nonzero((forest.source >= start) & (forest.source < start + tokens))[:, 0]
+            start += tokens
+            if len(own):
+                with self.adapters.only(name):
+                    found = found.index_put((own,), self.readout(hidden[own], forest.target[own]))
+        return found
+
+    @property
+    def adapters(self) -> Adapters | None:
+        """What hangs in the model, if anything."""
+        return adapters_of(self.hf)
+
+    @property
+    def virtual(self) -> Virtual | None:
+        """The virtual tokens that are before every sequence now."""
+        return self.adapters.acting(self.hf) if self.adapters is not None else None
 
     def computing(self) -> contextlib.AbstractContextManager[Any]:
         """Computation in ``dtype``, whatever dtype the trained weights have."""

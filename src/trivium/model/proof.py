@@ -19,7 +19,7 @@ from torch import Tensor
 from trivium.errors import ModelError
 from trivium.forest import Example, Forest, lay_out
 from trivium.model.language_model import LanguageModel
-from trivium.model.layout import LAYOUTS, sequence_rows
+from trivium.model.layout import LAYOUTS, row_inputs, sequence_rows
 
 
 class Tolerance(NamedTuple):
@@ -114,7 +114,8 @@ def _separate(model: LanguageModel, forest: Forest) -> Tensor:
             if not len(entries):
                 continue
             row = forest.tokens[torch.from_numpy(places).to(forest.tokens.device)]
-            logits = model.hf(input_ids=row[None], use_cache=False).logits[0]
+            what, behind = row_inputs(model.hf, row[None], model.virtual)
+            logits = model.hf(**what, use_cache=False).logits[0, behind:]
             logits = logits[torch.from_numpy(entries).to(logits.device)].float()
             target = forest.target[first : first + len(entries)]
             first += len(entries)

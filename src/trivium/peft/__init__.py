@@ -9,6 +9,7 @@
 A new method is one file with a Delta and a ``build``, and in settings.py its settings and one registry line.
 """
 
-from trivium.peft.settings import METHODS, BottleneckSettings, FullSettings, LoRASettings, Settings, settings_for
+from trivium.peft.kinds import BottleneckSettings, FullSettings, LoRASettings, Settings
+from trivium.peft.settings import METHODS, settings_for
 
 __all__ = ["METHODS", "BottleneckSettings", "FullSettings", "LoRASettings", "Settings", "settings_for"]

@@ -6,71 +6,105 @@
     with swapped(model, parent): ...                         # the same model under other small weights
     merge(model)                                             # folded into the base, deltas gone
 
-The base's modules are never replaced: a delta is a child of its target, called by a forward hook on it. So the
-base keeps its parameter names, and with a delta disabled the hook hands the target's own output on, untouched.
-Trained weights are float32; a delta computes in the dtype of its target's output.
+The base's modules are never replaced: a delta is a child of its target, called by hooks on it (`hub.py`). So the base
+keeps its parameter names, and what no adapter acts on is the base's own computation, untouched. Trained weights are
+float32; a delta computes in the dtype of its target's output. Several adapters may hang in one base, each under its
+name; all verbs here mean the one called "default" where none is named.
 
-Cost: a delta's own products, and one Python call per target; no second copy of any base weight.
+Cost: a delta's own products, and one Python call per target; no second copy of any base weight that is not trained.
 """
 
 from __future__ import annotations
 
 import importlib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
 
 from trivium.errors import ModelError
-from trivium.peft.settings import METHODS, Settings, method_name
-
-CHILD = "trivium_delta"  # the name under which a delta hangs in its target
+from trivium.peft.hub import CHILD, DEFAULT, Hub, Use
+from trivium.peft.kinds import Settings
+from trivium.peft.settings import METHODS, method_name
+from trivium.virtual import ADAPTERS, Virtual
 
 
 class Delta(nn.Module):
-    """One trained module under one target; ``forward`` returns the target's output, changed.
+    """One trained module under one target. A method overrides what it changes: input, tensors, or output.
 
-    The constructor makes float32 weights of the right shapes (it runs on ``meta``), ``reset`` fills all of them.
-
-    ``enabled`` is False while the base is wanted. ``dropping`` says whether dropout acts: the base stays in
+    The constructor makes float32 weights of the right shapes (it runs on ``meta``), ``reset`` fills all of them. What
+    is fixed but belongs to the adapter is a buffer. ``dropping`` says whether dropout acts: the base stays in
     evaluation mode while its deltas train, so ``training`` cannot say it.
     """
 
-    handle: RemovableHandle | None = None  # of the hook on the target, once hung
+    token_wise = True  # whether it treats every token by itself, so that it may act on some of a line only
+    changes_input = False  # whether ``inputs`` does anything
 
     def __init__(self) -> None:
         super().__init__()
-        self.enabled = True
         self.dropping = False
         self.dropout = 0.0
 
-    def forward(self, inputs: tuple[Any, ...], output: Any) -> Any:
+    def reset(self, target: nn.Module, generator: torch.Generator) -> None:
+        """Fill every weight in place, drawing on the CPU's ``generator``."""
         raise NotImplementedError
 
-    def reset(self, generator: torch.Generator) -> None:
-        """Fill every weight in place, drawing on the CPU's ``generator``; the start must change no output."""
-        raise NotImplementedError
+    def derive(self, target: nn.Module) -> None:
+        """Compute what follows from the frozen ``target`` alone, once it is hung; most have nothing to."""
+
+    def inputs(self, x: Tensor) -> Tensor:
+        """The target's input, changed."""
+        return x
+
+    def tensors(self, target: nn.Module, name: str, tensor: Tensor) -> Tensor:
+        """One of the target's own tensors, changed; for those that ``replaces`` names."""
+        return tensor
+
+    @property
+    def replaces(self) -> tuple[str, ...]:
+        """The target's own tensors that others take the place of, while it is called."""
+        return ()
+
+    def forward(self, target: nn.Module, x: Tensor, output: Tensor) -> Tensor:
+        """The target's output, changed; ``x`` is its input."""
+        return output
+
+    def rates(self) -> dict[str, float]:
+        """Factors on the learning rate, by weight; those not named have 1."""
+        return {}
+
+    def virtual(self) -> Virtual | None:
+        """Its part of the adapter's virtual tokens."""
+        return None
 
     def obstacle(self, target: nn.Module) -> ModelError | None:
         """Why this delta cannot be merged into ``target``, or None."""
         raise NotImplementedError
 
     def merge(self, target: nn.Module) -> None:
-        """Fold into ``target.weight``, computed in float32. Raises ModelError where that cannot be."""
+        """Fold into ``target``'s own tensors, computed in float32, where there is no obstacle."""
         raise NotImplementedError
+
+    @property
+    def changes(self) -> tuple[str, ...]:
+        """The target's tensors that merging changes."""
+        return ("weight",)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What a method's ``build`` returns: a delta for each target's name, and what the user should know."""
+    """What a method's ``build`` returns: a delta for each target's name, and what the user should know.
+
+    ``fill`` is the start of a method that must look at the whole model for it, instead of every delta's ``reset``.
+    """
 
     deltas: dict[str, Delta]
     notes: list[str] = field(default_factory=list)
+    fill: Callable[[nn.Module, dict[str, Delta], torch.Generator], None] | None = None
 
 
 @dataclass(frozen=True)
@@ -84,7 +118,7 @@ class Attached:
     total_parameters: int
 
 
-def attach(model: nn.Module, settings: Settings, seed: int) -> Attached:
+def attach(model: nn.Module, settings: Settings, seed: int, name: str = DEFAULT) -> Attached:
     """Freeze ``model`` and hang the deltas of ``settings`` in it; the same seed gives the same start anywhere.
 
     For ``full`` everything is trained and nothing hung. On the ``meta`` device only shapes are made.
@@ -94,12 +128,18 @@ def attach(model: nn.Module, settings: Settings, seed: int) -> Attached:
     if plan is None:
         make_full(model)
         return describe(model, settings, [])
-    attached = hang(model, settings, plan)
     generator = torch.Generator().manual_seed(seed)
-    for delta in plan.deltas.values():
-        if not any(parameter.is_meta for parameter in delta.parameters()):
-            delta.reset(generator)
-    return attached
+
+    def fill(hung: dict[str, Delta]) -> None:
+        if any(parameter.is_meta for delta in hung.values() for parameter in delta.parameters()):
+            return
+        if plan.fill is not None:
+            with off(model):
+                plan.fill(model, hung, generator)
+        for target, delta in hung.items() if plan.fill is None else ():
+            delta.reset(model.get_submodule(target), generator)
+
+    return hang(model, settings, plan, fill, name)
 
 
 def plan_for(model: nn.Module, settings: Settings) -> Plan | None:
@@ -112,31 +152,42 @@ def plan_for(model: nn.Module, settings: Settings) -> Plan | None:
     return plan
 
 
-def hang(model: nn.Module, settings: Settings, plan: Plan) -> Attached:
-    """Freeze ``model`` and hang the deltas of ``plan``, each on its target's device, with weights yet to be filled."""
-    assert not deltas(model), "the model has deltas already: merge or detach them first"
+def hang(
+    model: nn.Module,
+    settings: Settings,
+    plan: Plan,
+    fill: Callable[[dict[str, Delta]], None],
+    name: str = DEFAULT,
+) -> Attached:
+    """Freeze ``model`` and hang the deltas of ``plan``, each on its target's device; ``fill`` gives them weights.
+
+    The adapter acts from now on, instead of any other.
+    """
+    assert not deltas(model, name), f"the model has an adapter {name!r} already: merge or detach it first"
     model.requires_grad_(False)
-    for name, delta in plan.deltas.items():
-        target = model.get_submodule(name)
-        assert not hasattr(target, CHILD), f"{name} has a {CHILD} already"
-        delta.to_empty(device=next(target.parameters()).device)
-        target.add_module(CHILD, delta.requires_grad_(True))
-        # RemovableHandle copies itself along with the module that holds it, so a deepcopied model detaches too.
-        delta.handle = target.register_forward_hook(_change_output)
-    return describe(model, settings, plan.notes)
+    use: Use = getattr(model, ADAPTERS, None) or Use()
+    setattr(model, ADAPTERS, use)
+    for target_name, delta in plan.deltas.items():
+        target = model.get_submodule(target_name)
+        delta.to_empty(device=_device(target))
+        Hub.on(target, use).hang(name, delta.requires_grad_(True))
+    fill(plan.deltas)
+    for target_name, delta in plan.deltas.items():
+        if not any(tensor.is_meta for tensor in (*delta.parameters(), *delta.buffers())):
+            delta.derive(model.get_submodule(target_name))
+    use.switch({name: 1.0})
+    return describe(model, settings, plan.notes, name)
 
 
-def _change_output(target: nn.Module, inputs: tuple[Any, ...], output: Any) -> Any:
-    """The hook of every target. It finds the delta by name, so a deepcopied target calls its own."""
-    delta = getattr(target, CHILD)
-    return delta(inputs, output) if delta.enabled else None
+def _device(target: nn.Module) -> torch.device:
+    return next(target.parameters()).device
 
 
-def describe(model: nn.Module, settings: Settings, notes: list[str]) -> Attached:
+def describe(model: nn.Module, settings: Settings, notes: list[str], name: str = DEFAULT) -> Attached:
     """What is hung in ``model`` and trained as it stands; for a model whose adapter trains on, too."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = sum(p.numel() for p in model.parameters())
-    return Attached(settings, list(deltas(model)), notes, trained, total)
+    return Attached(settings, list(deltas(model, name)), notes, trained, total)
 
 
 def make_full(model: nn.Module) -> None:
@@ -153,16 +204,22 @@ def make_full(model: nn.Module) -> None:
         parameter.requires_grad_(True)
 
 
-def deltas(model: nn.Module) -> dict[str, Delta]:
-    """The deltas of a model, by the names of their targets, in the model's order."""
-    found = {name: module for name, module in model.named_modules() if isinstance(module, Delta)}
-    return {name.removesuffix(CHILD).removesuffix("."): module for name, module in found.items()}
+def deltas(model: nn.Module, name: str = DEFAULT) -> dict[str, Any]:
+    """The deltas of one adapter, by the names of their targets, in the model's order."""
+    hubs = ((path, module) for path, module in model.named_modules() if isinstance(module, Hub) and name in module)
+    return {path.removesuffix(CHILD).removesuffix("."): hub[name] for path, hub in hubs}
+
+
+def adapter_names(model: nn.Module) -> list[str]:
+    """The names of all adapters that hang in a model."""
+    return list(dict.fromkeys(name for module in model.modules() if isinstance(module, Hub) for name in module))
 
 
 def dropping(model: nn.Module, on: bool) -> None:
     """Switch the deltas' own dropout; ``model.train()`` and ``eval()`` do not touch it."""
-    for delta in deltas(model).values():
-        delta.dropping = on
+    for module in model.modules():
+        if isinstance(module, Delta):
+            module.dropping = on
 
 
 def continues(model: nn.Module, settings: Settings) -> bool:
@@ -179,41 +236,57 @@ def continues(model: nn.Module, settings: Settings) -> bool:
 
 
 def _signature(delta: Delta) -> tuple[Any, ...]:
-    state_of_use = ("training", "enabled", "dropping", "dropout")
+    state_of_use = ("training", "dropping", "dropout")
     constants = {k: v for k, v in vars(delta).items() if k not in state_of_use and isinstance(v, (int, float, str))}
     return type(delta), constants, {name: weight.shape for name, weight in delta.named_parameters()}
+
+
+# --- what acts
 
 
 @contextmanager
 def off(model: nn.Module) -> Iterator[None]:
     """The base, bitwise, for the length of the block."""
-    before = [(delta, delta.enabled) for delta in deltas(model).values()]
-    try:
-        for delta, _ in before:
-            delta.enabled = False
+    use: Use = getattr(model, ADAPTERS, None) or Use()
+    with use.only(None):
         yield
-    finally:
-        for delta, enabled in before:
-            delta.enabled = enabled
 
 
-def small_weights(hung: dict[str, Delta]) -> dict[str, nn.Parameter]:
-    """The trained weights of some deltas as they are, by ``<target>.<weight>``."""
-    return {f"{target}.{name}": weight for target, delta in hung.items() for name, weight in delta.named_parameters()}
+# --- the small weights
 
 
-def state(model: nn.Module) -> dict[str, Tensor]:
+def small_weights(hung: dict[str, Any], fixed: bool = False) -> dict[str, Tensor]:
+    """The trained weights of some deltas as they are, by ``<target>.<weight>``; one that several share, once.
+
+    With ``fixed`` also what is not trained and belongs to the adapter.
+    """
+    found: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for target, delta in hung.items():
+        buffers = delta.state_dict(keep_vars=True).items() if fixed else delta.named_parameters()
+        for name, weight in buffers:
+            if id(weight) not in seen:
+                seen.add(id(weight))
+                found[f"{target}.{name}"] = weight
+    return found
+
+
+def state(model: nn.Module, name: str = DEFAULT) -> dict[str, Tensor]:
     """A copy of the small weights, by ``<target's name>.<weight's name>``; later training does not change it."""
-    return {name: parameter.detach().clone() for name, parameter in small_weights(deltas(model)).items()}
+    return {key: parameter.detach().clone() for key, parameter in small_weights(deltas(model, name)).items()}
 
 
 def load_state(model: nn.Module, small: dict[str, Tensor]) -> None:
     """Copy small weights in, whatever their device and dtype. Raises ModelError when names or shapes do not fit."""
-    mine = small_weights(deltas(model))
+    copy_in(small_weights(deltas(model)), small)
+
+
+def copy_in(mine: dict[str, Tensor], small: dict[str, Tensor]) -> None:
+    """Copy ``small`` into ``mine``. Raises ModelError when names or shapes do not fit."""
     check_same(mine, small)
     with torch.no_grad():
-        for name, parameter in mine.items():
-            parameter.copy_(small[name])
+        for key, parameter in mine.items():
+            parameter.copy_(small[key])
 
 
 @contextmanager
@@ -235,7 +308,7 @@ def swapped(model: nn.Module, small: dict[str, Tensor]) -> Iterator[None]:
             parameter.data = before[name]
 
 
-def check_same(mine: dict[str, nn.Parameter], small: dict[str, Tensor]) -> None:
+def check_same(mine: dict[str, Tensor], small: dict[str, Tensor]) -> None:
     """Raise ModelError, naming the first, when names or shapes differ."""
     remedy = "These are the weights of another adapter: attach with the settings they were trained with."
     for name in sorted(mine.keys() ^ small.keys()):
@@ -246,31 +319,53 @@ def check_same(mine: dict[str, nn.Parameter], small: dict[str, Tensor]) -> None:
             raise ModelError(f"{name} has shape {shapes}", remedy)
 
 
-def detach(model: nn.Module) -> None:
-    """Take the deltas away; what is left is the base, frozen."""
-    for name, delta in deltas(model).items():
-        assert delta.handle is not None, f"the delta under {name} was never hung"
-        delta.handle.remove()
-        delattr(model.get_submodule(name), CHILD)
+def rates(model: nn.Module) -> dict[str, float]:
+    """Factors on the learning rate that deltas ask for, by the parameter's full name in ``model``."""
+    found: dict[str, float] = {}
+    for path, module in model.named_modules():
+        if isinstance(module, Delta):
+            found |= {f"{path}.{weight}": factor for weight, factor in module.rates().items()}
+    return found
 
 
-def merge(model: nn.Module) -> None:
-    """Fold every delta into the base, in float32, and detach it. All or nothing.
+# --- the end
+
+
+def detach(model: nn.Module, name: str = DEFAULT) -> None:
+    """Take an adapter away; when it was the last one, what is left is the base, frozen."""
+    for target in deltas(model, name):
+        hub = model.get_submodule(f"{target}.{CHILD}" if target else CHILD)
+        assert isinstance(hub, Hub)
+        hub.drop(model.get_submodule(target), name)
+    use: Use | None = getattr(model, ADAPTERS, None)
+    if use is not None:
+        use.switch({other: weight for other, weight in use.active.items() if other != name}, use.averaged)
+    if use is not None and not adapter_names(model):
+        delattr(model, ADAPTERS)
+
+
+def merge(model: nn.Module, name: str = DEFAULT) -> None:
+    """Fold every delta of an adapter into the base, in float32, and detach it. All or nothing.
 
     The sum is rounded to the dtype of the base's weight. Raises ModelError when a method cannot be merged, or a
     target's weight is quantised or shared with another module (the other would change with it).
     """
-    pairs = [(name, model.get_submodule(name), delta) for name, delta in deltas(model).items()]
+    triples = [(target, model.get_submodule(target), delta) for target, delta in deltas(model, name).items()]
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    for name, target, delta in pairs:
+    changed = [getattr(target, key) for _, target, delta in triples for key in delta.changes if hasattr(target, key)]
+    touched = Counter(id(tensor) for tensor in changed)
+    for path, target, delta in triples:
         if (obstacle := delta.obstacle(target)) is not None:
             raise obstacle
-        if owners[id(target.weight)] > 1:
-            raise ModelError(
-                f"{name}.weight is shared with another module and cannot take in the adapter",
-                "Keep the adapter as a folder of its own, or leave this module out of target_modules.",
-            )
+        for key in delta.changes:
+            if owners[id(getattr(target, key))] > touched[id(getattr(target, key))] or (
+                touched[id(getattr(target, key))] > 1 and not delta.replaces
+            ):
+                raise ModelError(
+                    f"{path}.{key} is shared with another module and cannot take in the adapter",
+                    "Keep the adapter as a folder of its own, or leave this module out of target_modules.",
+                )
     with torch.no_grad():
-        for _, target, delta in pairs:
+        for _, target, delta in triples:
             delta.merge(target)
-    detach(model)
+    detach(model, name)

@@ -3,9 +3,10 @@
     save(model, folder, base="HuggingFaceTB/SmolLM2-135M", settings=attached.settings)
     attached = load(model, folder)          # a frozen base with the adapter hung in it, ready to use or train on
 
-LoRA is written and read in PEFT's format (``peft_format.py``), so that PEFT, vLLM and llama.cpp load it. Every other
-method has the same two files in a form of its own, which ``trivium_type`` names. A folder is data and never code:
-only safetensors are read, no key names a class or a file, and every name and shape is checked against the model.
+LoRA and its family, (IA)³, prompts and prefixes are written and read in PEFT's format (``peft_format.py``), so that
+PEFT, vLLM and llama.cpp load them. Every other method has the same two files in a form of its own, which
+``trivium_type`` names. A folder is data and never code: only safetensors are read, no key names a class or a file, and
+every name and shape is checked against the model.
 """
 
 from __future__ import annotations
@@ -16,60 +17,119 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trivium.errors import ModelError, UserError
 from trivium.peft import peft_format
-from trivium.peft.base import Attached, check_same, deltas, hang, load_state, plan_for, small_weights, state
-from trivium.peft.settings import FullSettings, LoRASettings, Settings, method_name, settings_for
+from trivium.peft.base import Attached, check_same, copy_in, hang, small_weights
+from trivium.peft.hub import DEFAULT
+from trivium.peft.kinds import QUANTIZATIONS, FullSettings, LoRASettings, Settings
+from trivium.peft.lora_starts import Started
+from trivium.peft.peft_format import MERGE, Read, Source, common, hung_of
+from trivium.peft.peft_lora import LORA
+from trivium.peft.settings import method_name, settings_for
 
+FORMATS = {LoRASettings: ("LORA", LORA), **peft_format.FORMATS}
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 TYPE = "trivium_type"
+OURS = ("quantize", "init_lora_weights", "loraplus_lr_ratio")  # settings that PEFT's configs have no key for
 
 
-def save(model: nn.Module, folder: Path, base: str, settings: Settings, dtype: torch.dtype = torch.float32) -> None:
-    """Write the deltas of ``model`` into ``folder``, plainly; ``base`` is the name or path of the base model.
+def save(
+    model: nn.Module,
+    folder: Path,
+    base: str,
+    settings: Settings,
+    dtype: torch.dtype = torch.float32,
+    name: str = DEFAULT,
+) -> None:
+    """Write an adapter of ``model`` into ``folder``, plainly; ``base`` is the name or path of the base model.
 
-    In the default float32 what is loaded again is what was saved, bitwise.
+    In the default float32 what is loaded again is what was saved, bitwise. Dtype and bytes are written beside the
+    weights, and checked when they are read.
     """
-    assert deltas(model), "there is no adapter to save"
-    if isinstance(settings, LoRASettings):
-        config = peft_format.config(model, base, settings)
-        small = peft_format.tensors(model)
+    hung = hung_of(model, name)
+    if (format := FORMATS.get(type(settings))) is not None:
+        peft_type, written = format
+        config = {**common(peft_type, base), **written.config(model, settings, hung)}
+        small = written.tensors(hung)
     else:
         config = {TYPE: method_name(settings), "base_model_name_or_path": base, **asdict(settings)}
-        small = state(model)
+        small = small_weights(hung, fixed=True)
+    held = torch.float32 if any(isinstance(delta, Started) for delta in hung.values()) else dtype  # a difference
+    ready = {key: tensor.detach().to("cpu", held).contiguous() for key, tensor in small.items()}
+    # Modules that share a weight are written one by one, as their readers want them.
+    ready = {key: tensor.clone() if _shared(tensor, key, ready) else tensor for key, tensor in ready.items()}
     folder.mkdir(parents=True, exist_ok=True)
-    ready = {name: tensor.to("cpu", dtype).contiguous() for name, tensor in small.items()}
-    save_file(ready, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(ready, folder / WEIGHTS, metadata=_metadata(settings, ready))
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
-def load(model: nn.Module, folder: Path) -> Attached:
+def _shared(tensor: Tensor, key: str, ready: dict[str, Tensor]) -> bool:
+    return any(other is not tensor and other.data_ptr() == tensor.data_ptr() for k, other in ready.items() if k < key)
+
+
+def _metadata(settings: Settings, ready: dict[str, Tensor]) -> dict[str, str]:
+    """What stands in the weights' own header: that nothing changes them unnoticed, and what PEFT has no key for."""
+    ours = {key: getattr(settings, key, None) for key in OURS}
+    told = {key: value for key, value in ours.items() if value not in (None, "default", 1.0)}
+    size = sum(tensor.nbytes for tensor in ready.values())
+    dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in ready.values()})
+    return {"format": "pt", "dtype": ",".join(dtypes), "bytes": str(size), "trivium": json.dumps(told)}
+
+
+def load(model: nn.Module, folder: Path, name: str = DEFAULT) -> Attached:
     """Hang the adapter of ``folder`` in ``model``, frozen but for the deltas.
 
-    Reads what ``save`` writes, and LoRA folders that PEFT wrote. Raises ModelError when the folder is damaged, uses
-    something that is not supported, or was made for another base; the model then has no deltas.
+    Reads what ``save`` writes, and the folders of these methods that PEFT wrote. Raises ModelError when the folder is
+    damaged, uses something that is not supported, or was made for another base; the model is then as it was.
     """
-    config = read_config(folder)
-    base = config.get("base_model_name_or_path") or "an unnamed base"
-    small = _read_weights(folder)
-    if TYPE not in config:
-        return peft_format.attach_lora(model, config, small, folder)
-    settings = _own_settings(config, folder)
+    source = Source(folder, read_config(folder), _read_weights(folder), written_beside(folder))
+    read = _own(model, source) if TYPE in source.config else _pefts(model, source)
     try:
-        plan = plan_for(model, settings)
-        assert plan is not None, "full has no folder of this kind"
         # Before anything is hung or any memory taken for sizes that the config claims.
-        check_same(small_weights(plan.deltas), small)
+        check_same(small_weights(read.plan.deltas, fixed=True), read.weights)
     except UserError as error:
-        raise ModelError(f"{folder} does not fit this model: {error.what}", f"It was trained on {base}.") from None
-    attached = hang(model, settings, plan)
-    load_state(model, small)
-    return attached
+        raise ModelError(f"{folder} does not fit this model: {error.what}", source.wants) from None
+    return hang(
+        model, read.settings, read.plan, lambda hung: copy_in(small_weights(hung, fixed=True), read.weights), name
+    )
+
+
+def _own(model: nn.Module, source: Source) -> Read:
+    """A folder in our own form."""
+    settings = _own_settings(source.config, source.folder)
+    return Read(settings, source.planned(model, settings), source.small)
+
+
+def _pefts(model: nn.Module, source: Source) -> Read:
+    """A folder in PEFT's form."""
+    kind = source.config.get("peft_type")
+    for peft_type, format in FORMATS.values():
+        if kind == peft_type:
+            return format.read(model, source)
+    known = ", ".join(peft_type for peft_type, _ in FORMATS.values())
+    raise ModelError(f"{source.folder} has peft_type {kind!r}; {known} are read", MERGE)
+
+
+def written_beside(folder: Path) -> dict[str, Any]:
+    """What ``save`` wrote into the weights' header that PEFT's config has no key for; nothing for others' folders."""
+    try:
+        with safe_open(_inside(folder, WEIGHTS), "pt") as file:
+            found = json.loads((file.metadata() or {}).get("trivium", "{}"))
+    except (OSError, SafetensorError, ValueError, RecursionError, ModelError):
+        return {}  # reading the weights tells what is wrong
+    return {k: v for k, v in found.items() if k in OURS} if isinstance(found, dict) else {}
+
+
+def quantization_of(folder: Path) -> str | None:
+    """How the base was held when this adapter was trained on it: ``nf4``, ``int8``, or None: as it is."""
+    config = read_config(folder)
+    found = config.get("quantize") if TYPE in config else written_beside(folder).get("quantize")
+    return found if found in QUANTIZATIONS else None
 
 
 def read_config(folder: Path) -> dict[str, Any]:
@@ -92,7 +152,7 @@ def _own_settings(config: dict[str, Any], folder: Path) -> Settings:
         settings = settings_for(config[TYPE], values)
     except UserError as error:
         raise ModelError(f"{folder / CONFIG}: {error.what}", error.remedy) from None
-    if isinstance(settings, (FullSettings, LoRASettings)):
+    if isinstance(settings, FullSettings) or type(settings) in FORMATS:
         raise ModelError(f"{folder / CONFIG} has {TYPE} {config[TYPE]!r}", "Fetch the adapter again.")
     return settings
 
@@ -105,7 +165,13 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         )
     path = _inside(folder, WEIGHTS)
     try:
-        return load_file(path)
+        with safe_open(path, "pt") as file:
+            names, told = sorted(file.keys()), file.metadata() or {}
+            found = {key: file.get_tensor(key) for key in names}
+        size, dtypes = sum(t.nbytes for t in found.values()), {str(t.dtype)[6:] for t in found.values()}
+        if "bytes" in told and (str(size), ",".join(sorted(dtypes))) != (told["bytes"], told["dtype"]):
+            raise ValueError(f"{size} bytes of {sorted(dtypes)}, and it says {told['bytes']} of {told['dtype']}")
+        return found
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise ModelError(f"{path} cannot be read: {error}", "The file is damaged or cut; fetch it again.") from None
 

@@ -1,208 +1,298 @@
-"""LoRA folders in the format of PEFT, which vLLM and llama.cpp read as well.
+"""Adapter folders in the format of PEFT, which vLLM and llama.cpp read as well; LoRA has a file of its own.
 
-Tensors: ``base_model.model.<module>.lora_A.weight`` [r, in] and ``...lora_B.weight`` [out, r]. What a folder adapts
-is read from its tensors; ``r``, ``lora_alpha``, ``use_rslora`` and the two patterns give the scale of each. A key of
-the config that is set and not understood is refused: an adapter that half works is worse than none.
+One `Format` for each ``peft_type``: how a config and tensors are written, and how they are read again. What a folder
+adapts is read from its tensors. A key of the config that is set and not understood is refused: an adapter that half
+works is worse than none; nothing of a folder is ever run, not even a pattern.
+
+Shapes:  P virtual tokens,  L layers,  G key/value heads,  H head width,  D width.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trivium.errors import ModelError, UserError
-from trivium.peft.base import CHILD, Attached, Delta, Plan, deltas, hang, load_state
-from trivium.peft.lora import LoRA
-from trivium.peft.settings import ALL_LINEAR, LoRASettings
-from trivium.peft.targets import LINEAR, linear_shape
+from trivium.peft import kinds, targets
+from trivium.peft.base import Delta, Plan, deltas, plan_for
+from trivium.peft.hub import CHILD
+from trivium.peft.ia3 import IA3
+from trivium.peft.prefix import Prefix
+from trivium.peft.vera import Projection, VeRA
 
 PREFIX = "base_model.model."
-TENSOR = re.compile(r"base_model\.model\.(?P<target>.+)\.(?P<which>lora_[AB])\.weight")
+MERGE = "Merge the adapter into its base with PEFT and use the merged model."
 
-READ = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "bias",
-    "init_lora_weights",
-)
 # What says nothing about the result: the tensors tell the modules, the modules tell their own orientation.
 HARMLESS = (
-    "auto_mapping",
-    "base_model_name_or_path",
-    "exclude_modules",
-    "fan_in_fan_out",
-    "inference_mode",
-    "layers_pattern",
-    "layers_to_transform",
-    "megatron_core",
-    "peft_version",
-    "qalora_group_size",
-    "revision",
-    "target_modules",
-    "task_type",
-)
-# Ways to start that leave the base as it was; others (pissa, olora, loftq, ...) change the base's own weights.
-PLAIN_STARTS = (True, False, None, "gaussian", "eva", "orthogonal")
+    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_weights",
+    "layers_pattern", "layers_to_transform", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
+    "revision", "target_modules", "task_type",
+)  # fmt: skip
 
 
-def config(model: nn.Module, base: str, settings: LoRASettings) -> dict[str, Any]:
-    """``adapter_config.json`` for the LoRAs of ``model``."""
-    loras = _loras(model)
+class Read(NamedTuple):
+    """What a folder asks for: settings, the deltas, and their weights under our names."""
+
+    settings: kinds.Settings
+    plan: Plan
+    weights: dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Source:
+    """A folder as it was found. ``ours`` is what PEFT's config has no key for, where we have written it."""
+
+    folder: Path
+    config: dict[str, Any]
+    small: dict[str, Tensor]
+    ours: dict[str, Any]
+
+    @property
+    def wants(self) -> str:
+        return f"It was trained on {self.config.get('base_model_name_or_path') or 'a base that it does not name'}."
+
+    def built(self, make: Callable[..., Any], **values: Any) -> Any:
+        """Settings made of what the config says. Raises ModelError that names the file."""
+        try:
+            quantize = {"quantize": self.ours["quantize"]} if self.ours.get("quantize") else {}
+            return make(**{k: v for k, v in values.items() if v is not None}, **quantize)
+        except UserError as error:
+            raise ModelError(f"{self.folder / 'adapter_config.json'}: {error.what}", error.remedy) from None
+
+    def check_keys(self, known: Iterable[str]) -> None:
+        """Refuse a config that says anything not understood here."""
+        for key, value in self.config.items():
+            if value and key not in (*known, *HARMLESS):
+                raise ModelError(f"{self.folder} uses {key} ({str(value)[:60]}), which is not supported", MERGE)
+
+    def planned(self, model: nn.Module, settings: kinds.Settings) -> Plan:
+        """The deltas of the settings. Raises ModelError where they do not fit the model."""
+        try:
+            plan = plan_for(model, settings)
+        except UserError as error:
+            raise ModelError(f"{self.folder} does not fit this model: {error.what}", self.wants) from None
+        assert plan is not None
+        return plan
+
+
+class Format(NamedTuple):
+    """How one ``peft_type`` is written and read."""
+
+    config: Callable[[nn.Module, Any, dict[str, Delta]], dict[str, Any]]
+    tensors: Callable[[dict[str, Delta]], dict[str, Tensor]]
+    read: Callable[[nn.Module, Source], Read]
+
+
+def common(peft_type: str, base: str) -> dict[str, Any]:
+    """What every config begins with."""
     return {
-        "peft_type": "LORA",
+        "peft_type": peft_type,
         "task_type": "CAUSAL_LM",
         "base_model_name_or_path": base,
         "revision": None,
         "inference_mode": True,
-        "r": settings.r,
-        "lora_alpha": _plain(settings.effective_alpha),
-        "lora_dropout": settings.dropout,
-        "use_rslora": settings.rslora,
-        "target_modules": _short_names(model, list(loras)),
-        "rank_pattern": {name: one.r for name, one in loras.items() if one.r != settings.r},
-        "alpha_pattern": {
-            name: _plain(one.alpha) for name, one in loras.items() if one.alpha != settings.effective_alpha
-        },
-        "fan_in_fan_out": all(isinstance(model.get_submodule(name), Conv1D) for name in loras),
-        "bias": "none",
-        "modules_to_save": None,
-        "init_lora_weights": True,
-        "layers_to_transform": None,
-        "layers_pattern": None,
-        "use_dora": False,
     }
 
 
-def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The weights under PEFT's names."""
-    return {
-        f"{PREFIX}{target}.{name}.weight": weight.detach()
-        for target, lora in _loras(model).items()
-        for name, weight in lora.named_parameters()
-    }
-
-
-def attach_lora(model: nn.Module, config: dict[str, Any], small: dict[str, Tensor], folder: Path) -> Attached:
-    """Hang the LoRAs of a PEFT folder in ``model``. Raises ModelError, naming the first thing that does not fit."""
-    _check_supported(config, folder)
-    settings = _settings(config, folder)
-    shapes = _shapes(small, folder)
-    ranks = _per_target(config, "rank_pattern", shapes, folder)
-    alphas = _per_target(config, "alpha_pattern", shapes, folder)
-    linear = {name: module for name, module in model.named_modules() if isinstance(module, LINEAR)}
-    wants = f"It was trained on {config.get('base_model_name_or_path') or 'a base that it does not name'}."
-    for target in shapes:
-        if target not in linear:
-            raise ModelError(f"{folder} adapts {target}, which this model does not have", wants)
-    made: dict[str, Delta] = {}
-    for target in [name for name in linear if name in shapes]:
-        r = int(ranks.get(target, settings.r))
-        n_in, n_out = linear_shape(linear[target])
-        for which, fits in (("lora_A", (r, n_in)), ("lora_B", (n_out, r))):
-            if (got := shapes[target].get(which)) != fits:
-                has = "is missing" if got is None else f"is {list(got)}"
-                raise ModelError(f"{folder}: {which} of {target} {has}, this model takes {list(fits)}", wants)
-        alpha = alphas.get(target, settings.effective_alpha)
-        made[target] = LoRA(linear[target], r, alpha, settings.dropout, settings.rslora)
-    attached = hang(model, settings, Plan(made))
-    load_state(model, {name.removeprefix(PREFIX).removesuffix(".weight"): tensor for name, tensor in small.items()})
-    return attached
-
-
-def _check_supported(config: dict[str, Any], folder: Path) -> None:
-    """Refuse a config that says anything not understood here."""
-    remedy = "Merge the adapter into its base with PEFT and use the merged model."
-    if config.get("peft_type") != "LORA":
-        raise ModelError(f"{folder} has peft_type {config.get('peft_type')!r}; only LORA is read", remedy)
-    if config.get("bias", "none") != "none":
-        raise ModelError(f"{folder} has bias {config['bias']!r}, which is not supported", remedy)
-    start = config.get("init_lora_weights")
-    if start not in PLAIN_STARTS:
-        raise ModelError(f"{folder} has init_lora_weights {start!r}, which changes the base itself", remedy)
-    for key, value in config.items():
-        if value and key not in (*READ, *HARMLESS):
-            raise ModelError(f"{folder} uses {key} ({str(value)[:60]}), which is not supported", remedy)
-
-
-def _settings(config: dict[str, Any], folder: Path) -> LoRASettings:
-    try:
-        r = config.get("r", 8)  # PEFT's own defaults, for keys that an old folder leaves out
-        return LoRASettings(
-            r=r,
-            alpha=config.get("lora_alpha", 8),
-            dropout=config.get("lora_dropout", 0.0),
-            target_modules=_names(config.get("target_modules")),
-            rslora=config.get("use_rslora", False),
-        )
-    except UserError as error:
-        raise ModelError(f"{folder / 'adapter_config.json'}: {error.what}", error.remedy) from None
-
-
-def _names(value: Any) -> Any:
-    # A string here is PEFT's regular expression; the tensors say which modules it chose, so it is never run.
-    return value if isinstance(value, list) and value else ALL_LINEAR
-
-
-def _shapes(small: dict[str, Tensor], folder: Path) -> dict[str, dict[str, tuple[int, ...]]]:
-    """``{module: {"lora_A": shape, "lora_B": shape}}``."""
-    found: dict[str, dict[str, tuple[int, ...]]] = {}
-    for name, tensor in small.items():
-        match = TENSOR.fullmatch(name)
-        if match is None or not tensor.is_floating_point():
-            raise ModelError(
-                f"{folder} holds {name}, which is no weight of a LoRA on a linear module",
-                "Merge the adapter into its base with PEFT and use the merged model.",
-            )
-        found.setdefault(match["target"], {})[match["which"]] = tuple(tensor.shape)
-    if not found:
-        raise ModelError(f"{folder} holds no weights", "Fetch the adapter again.")
-    return found
-
-
-def _per_target(config: dict[str, Any], key: str, names: Iterable[str], folder: Path) -> dict[str, float]:
-    """``rank_pattern`` or ``alpha_pattern`` by full module name.
-
-    PEFT takes the keys for regular expressions; here they are names or dotted suffixes, which is what is written in
-    practice, and one that fits no module is refused: nothing of an untrusted file is run, not even a pattern.
-    """
-    patterns = config.get(key) or {}
-    found: dict[str, float] = {}
-    for pattern, value in patterns.items() if isinstance(patterns, dict) else [(patterns, None)]:
-        plain = str(pattern).removeprefix("^").removesuffix("$").replace("\\.", ".")
-        fitting = [name for name in names if name == plain or name.endswith("." + plain)]
-        if not fitting or isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
-            raise ModelError(
-                f"{folder} has {key} {str(pattern)[:60]!r}: {value!r}, which fits no module here",
-                "Write the full names of modules there, each with a number.",
-            )
-        for name in fitting:
-            found.setdefault(name, value)  # the first that fits counts, as in PEFT
-    return found
-
-
-def _loras(model: nn.Module) -> dict[str, LoRA]:
-    found = {name: delta for name, delta in deltas(model).items() if isinstance(delta, LoRA)}
-    assert len(found) == len(deltas(model)) > 0, "the model's deltas are not all LoRAs"
-    return found
-
-
-def _short_names(model: nn.Module, chosen: list[str]) -> list[str]:
+def short_names(model: nn.Module, chosen: Iterable[str]) -> list[str]:
     """Suffixes such as ``q_proj`` where they select exactly the chosen modules in this model, else the full names."""
+    chosen = list(chosen)
     suffixes = {name.rpartition(".")[2] for name in chosen}
     selected = [n for n, _ in model.named_modules() if n.rpartition(".")[2] in suffixes and CHILD not in n.split(".")]
     return sorted(suffixes) if set(selected) == set(chosen) else sorted(chosen)
 
 
-def _plain(number: float) -> float:
-    """16 rather than 16.0, which PEFT's readers in other languages take for the wrong type."""
-    return int(number) if float(number).is_integer() else number
+def conv1d(model: nn.Module, names: Iterable[str]) -> bool:
+    """Whether all of these keep their weights as ``[in, out]``, as GPT-2 does."""
+    return all(isinstance(model.get_submodule(name), Conv1D) for name in names)
+
+
+def by_target(source: Source, endings: Mapping[str, str]) -> dict[str, dict[str, Tensor]]:
+    """``{module: {our name: tensor}}``; ``endings`` are theirs to ours. Raises ModelError for other tensors."""
+    found: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in source.small.items():
+        ending = next((end for end in endings if name.endswith("." + end)), None)
+        if not name.startswith(PREFIX) or ending is None or not tensor.is_floating_point():
+            raise ModelError(f"{source.folder} holds {name}, which does not belong there", MERGE)
+        target = name.removeprefix(PREFIX).removesuffix("." + ending)
+        found.setdefault(target, {})[endings[ending]] = tensor
+    if not found:
+        raise ModelError(f"{source.folder} holds no weights", "Fetch the adapter again.")
+    return found
+
+
+def linear_targets(model: nn.Module, source: Source, names: Iterable[str]) -> dict[str, nn.Module]:
+    """The linear modules of these names, in the model's order. Raises ModelError where one is not there."""
+    linear = {name: module for name, module in model.named_modules() if isinstance(module, targets.LINEAR)}
+    names = set(names)
+    for target in sorted(names - linear.keys()):
+        raise ModelError(f"{source.folder} adapts {target}, which this model does not have", source.wants)
+    return {name: module for name, module in linear.items() if name in names}
+
+
+# --- VeRA
+
+
+def _vera_config(model: nn.Module, settings: kinds.VeRASettings, hung: dict[str, Delta]) -> dict[str, Any]:
+    return {
+        "r": settings.r, "vera_dropout": settings.dropout, "d_initial": settings.d_initial, "save_projection": True,
+        "projection_prng_key": settings.projection_seed, "bias": "none", "init_weights": True,
+        "target_modules": short_names(model, hung), "fan_in_fan_out": conv1d(model, hung),
+    }  # fmt: skip
+
+
+def _vera_tensors(hung: dict[str, Delta]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for target, delta in hung.items():
+        assert isinstance(delta, VeRA)
+        for key in ("vera_lambda_b", "vera_lambda_d"):
+            found[f"{PREFIX}{target}.{key}"] = getattr(delta, key)
+        found |= {"base_model.vera_A": delta.projection.vera_A, "base_model.vera_B": delta.projection.vera_B}
+    return found
+
+
+def _read_vera(model: nn.Module, source: Source) -> Read:
+    source.check_keys(("r", "vera_dropout", "d_initial", "save_projection", "projection_prng_key", "bias"))
+    small = dict(source.small)
+    pair = [small.pop(f"base_model.vera_{which}", None) for which in "AB"]
+    if pair[0] is None or pair[1] is None:
+        raise ModelError(
+            f"{source.folder} holds no vera_A and vera_B", "Save it again in PEFT with save_projection=True."
+        )
+    config = source.config
+    endings = {key: key for key in ("vera_lambda_b", "vera_lambda_d")}
+    found = by_target(Source(source.folder, config, small, source.ours), endings)
+    linear = linear_targets(model, source, found)
+    settings = source.built(
+        kinds.VeRASettings, r=config.get("r"), dropout=config.get("vera_dropout"), d_initial=config.get("d_initial"),
+        target_modules=list(linear), projection_seed=config.get("projection_prng_key"),
+    )  # fmt: skip
+    with torch.device("meta"):
+        projection = Projection(len(pair[0]), pair[0].shape[-1], len(pair[1]), settings.projection_seed)
+        plan = Plan({name: VeRA(module, projection, settings) for name, module in linear.items()})
+    weights = {f"{target}.{key}": tensor for target, one in found.items() for key, tensor in one.items()}
+    first = next(iter(linear))
+    weights |= {f"{first}.projection.vera_A": pair[0], f"{first}.projection.vera_B": pair[1]}
+    return Read(settings, plan, weights)
+
+
+# --- (IA)³
+
+
+def _ia3_config(model: nn.Module, settings: kinds.IA3Settings, hung: dict[str, Delta]) -> dict[str, Any]:
+    chosen = [name for name, delta in hung.items() if getattr(delta, "feedforward", False)]
+    names = [*short_names(model, hung)]
+    down = short_names(model, chosen)
+    if not set(down) <= set(names):  # PEFT wants the one list within the other
+        names, down = sorted(hung), sorted(chosen)
+    return {
+        "target_modules": names, "feedforward_modules": down, "fan_in_fan_out": conv1d(model, hung),
+        "init_ia3_weights": True, "modules_to_save": None,
+    }  # fmt: skip
+
+
+def _ia3_tensors(hung: dict[str, Delta]) -> dict[str, Tensor]:
+    found: dict[str, Tensor] = {}
+    for target, delta in hung.items():
+        assert isinstance(delta, IA3)
+        found[f"{PREFIX}{target}.ia3_l"] = delta.ia3_l[None] if delta.feedforward else delta.ia3_l[:, None]
+    return found
+
+
+def _read_ia3(model: nn.Module, source: Source) -> Read:
+    source.check_keys(("feedforward_modules", "init_ia3_weights"))
+    found = by_target(source, {"ia3_l": "ia3_l"})
+    linear = linear_targets(model, source, found)
+    # A matrix of one row scales the input, of one column the output.
+    down = [name for name in linear if len(found[name]["ia3_l"]) == 1]
+    settings = source.built(kinds.IA3Settings, target_modules=list(linear), feedforward_modules=down or None)
+    with torch.device("meta"):
+        plan = Plan({name: IA3(module, name in down) for name, module in linear.items()})
+    return Read(settings, plan, {f"{name}.ia3_l": one["ia3_l"].flatten() for name, one in found.items()})
+
+
+# --- virtual tokens
+
+
+def _tokens_config(model: nn.Module, settings: kinds.PromptSettings, hung: dict[str, Delta]) -> dict[str, Any]:
+    config = targets.text_config(model)
+    first = next(iter(hung.values()))
+    heads, width = (first.keys.shape[0], first.keys.shape[2]) if isinstance(first, Prefix) else (0, 0)
+    return {
+        "num_virtual_tokens": settings.num_virtual_tokens, "num_transformer_submodules": 1,
+        "num_layers": config.num_hidden_layers, "num_attention_heads": heads or config.num_attention_heads,
+        "token_dim": heads * width or targets.width(model), "modules_to_save": None,
+        **({"prefix_projection": False} if heads else {"prompt_tuning_init": "RANDOM"}),
+    }  # fmt: skip
+
+
+def _prompt_tensors(hung: dict[str, Delta]) -> dict[str, Tensor]:
+    (delta,) = hung.values()
+    return {"prompt_embeddings": delta.get_parameter("embeddings")}
+
+
+def _prefix_tensors(hung: dict[str, Delta]) -> dict[str, Tensor]:
+    layers = [delta for delta in hung.values() if isinstance(delta, Prefix)]
+    parts = torch.stack([part for delta in layers for part in (delta.keys, delta.values)])  # [2 L, G, P, H]
+    return {"prompt_embeddings": parts.permute(2, 0, 1, 3).flatten(1)}
+
+
+TOKENS = (
+    "num_virtual_tokens", "num_transformer_submodules", "num_layers", "num_attention_heads", "token_dim",
+    "prompt_tuning_init", "prompt_tuning_init_text", "tokenizer_name_or_path", "tokenizer_kwargs",
+    "encoder_hidden_size",
+)  # fmt: skip
+
+
+def _the_embeddings(source: Source) -> Tensor:
+    if set(source.small) != {"prompt_embeddings"} or source.small["prompt_embeddings"].ndim != 2:
+        raise ModelError(f"{source.folder} holds no prompt_embeddings alone", "Fetch the adapter again.")
+    return source.small["prompt_embeddings"]
+
+
+def _read_prompt(model: nn.Module, source: Source) -> Read:
+    source.check_keys(TOKENS)
+    found = _the_embeddings(source)
+    settings = source.built(kinds.PromptSettings, num_virtual_tokens=len(found))
+    plan = source.planned(model, settings)
+    return Read(settings, plan, {f"{next(iter(plan.deltas))}.embeddings": found})
+
+
+def _read_prefix(model: nn.Module, source: Source) -> Read:
+    source.check_keys(TOKENS)
+    found = _the_embeddings(source)
+    settings = source.built(kinds.PrefixSettings, num_virtual_tokens=len(found))
+    plan = source.planned(model, settings)
+    heads, _, width = next(iter(plan.deltas.values())).get_parameter("keys").shape
+    count = 2 * len(plan.deltas)
+    if found.shape[1] != count * heads * width:
+        raise ModelError(
+            f"{source.folder}: a prefix of {found.shape[1]} numbers for each token, this model takes "
+            f"{count * heads * width}",
+            source.wants,
+        )
+    parts = found.view(len(found), count, heads, width).permute(1, 2, 0, 3)
+    names = [f"{target}.{which}" for target in plan.deltas for which in ("keys", "values")]
+    return Read(settings, plan, dict(zip(names, parts, strict=True)))
+
+
+FORMATS: dict[type, tuple[str, Format]] = {
+    kinds.VeRASettings: ("VERA", Format(_vera_config, _vera_tensors, _read_vera)),
+    kinds.IA3Settings: ("IA3", Format(_ia3_config, _ia3_tensors, _read_ia3)),
+    kinds.PromptSettings: ("PROMPT_TUNING", Format(_tokens_config, _prompt_tensors, _read_prompt)),
+    kinds.PrefixSettings: ("PREFIX_TUNING", Format(_tokens_config, _prefix_tensors, _read_prefix)),
+}
+
+
+def hung_of(model: nn.Module, name: str) -> dict[str, Delta]:
+    """The deltas of an adapter that is there."""
+    found = deltas(model, name)
+    assert found, f"there is no adapter {name!r} to save"
+    return found

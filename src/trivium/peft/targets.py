@@ -10,15 +10,18 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, TypeVar
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trivium.errors import ModelError, RecipeError, listed, nearest
-from trivium.peft.settings import ALL_LINEAR, TargetModules
+from trivium.peft.hub import CHILD
+from trivium.peft.kinds import ALL_LINEAR, TargetModules
 
-LINEAR = (nn.Linear, Conv1D)
+LINEAR = (nn.Linear, Conv1D)  # one that holds its weight in 4 or 8 bit is an nn.Linear, too (model/quantized.py)
+Value = TypeVar("Value")
 ROUTERS = ("router", "gate", "shared_expert_gate")
 ATTENTION = ("self_attn", "self_attention", "attention", "attn", "linear_attn", "mixer")
 MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "moe", "fc2")
@@ -74,6 +77,52 @@ def linear_shape(module: nn.Module) -> tuple[int, int]:
     return module.in_features, module.out_features
 
 
+def weight_of(module: nn.Module) -> Tensor:
+    """The weight of a linear module as ``[out, in]``; of a quantised one, unpacked."""
+    unpack = getattr(module, "unpacked", None)
+    weight: Tensor = unpack() if unpack is not None else module.get_parameter("weight")
+    return weight.t() if isinstance(module, Conv1D) else weight
+
+
+def add_to_weight(module: nn.Module, update: Tensor) -> None:
+    """Add ``update [out, in]`` to the weight, in float32, and round the sum to the weight's dtype."""
+    weight = module.get_parameter("weight")
+    with torch.no_grad():
+        weight.copy_(weight.float() + (update.t() if isinstance(module, Conv1D) else update))
+
+
+def quantised(module: nn.Module) -> ModelError | None:
+    """Why a linear module's weight cannot take in an update: it is packed in 4 or 8 bit. None where it can."""
+    n_in, n_out = linear_shape(module)
+    weight = module.get_parameter("weight")
+    if weight.is_floating_point() and weight.shape == ((n_in, n_out) if isinstance(module, Conv1D) else (n_out, n_in)):
+        return None
+    return ModelError(
+        f"an adapter cannot be merged into a quantised weight ({weight.dtype})",
+        "Load the base unquantised and merge into that.",
+    )
+
+
+def value_for(names: Iterable[str], values: Mapping[str, Value] | None, setting: str) -> dict[str, Value]:
+    """The value of each name that a pattern of ``values`` matches, the first that does.
+
+    Raises RecipeError where one matches none.
+    """
+    names = list(names)
+    found: dict[str, Value] = {}
+    for pattern, value in (values or {}).items():
+        fitting = [name for name in names if matches(name, pattern)]
+        if not fitting:
+            short = sorted({name.rpartition(".")[2] for name in names})
+            hint = nearest(pattern.rpartition(".")[2], short)
+            raise RecipeError(
+                f"{setting} {pattern!r} matches none of the target_modules{hint}", f"These are: {listed(short, 24)}."
+            )
+        for name in fitting:
+            found.setdefault(name, value)
+    return found
+
+
 def find_targets(model: nn.Module, patterns: TargetModules) -> list[str]:
     """The names of the linear modules that ``patterns`` select, in the model's order.
 
@@ -94,7 +143,12 @@ def find_targets(model: nn.Module, patterns: TargetModules) -> list[str]:
     return select(candidates, patterns)
 
 
-def select(candidates: Mapping[str, nn.Module], patterns: Iterable[str]) -> list[str]:
+def select(
+    candidates: Mapping[str, object],
+    patterns: Iterable[str],
+    setting: str = "target_modules",
+    kind: str = "module that can be adapted",
+) -> list[str]:
     """The candidates that ``patterns`` match, in the model's order. Raises RecipeError where one matches none."""
     patterns = tuple(patterns)
     for pattern in patterns:
@@ -102,8 +156,8 @@ def select(candidates: Mapping[str, nn.Module], patterns: Iterable[str]) -> list
             names = {name.rpartition(".")[2] for name in candidates}
             hint = nearest(pattern.rpartition(".")[2], names)
             raise RecipeError(
-                f"target_modules {pattern!r} matches no module that can be adapted{hint}",
-                f"Modules there are: {listed(names, 24)}.",
+                f"{setting} {pattern!r} matches no {kind}{hint}",
+                f"There are: {listed(names, 24) or 'none'}.",
             )
     return [name for name in candidates if any(matches(name, pattern) for pattern in patterns)]
 
@@ -113,20 +167,33 @@ def matches(name: str, pattern: str) -> bool:
     return name == pattern or name.endswith("." + pattern) or fnmatchcase("." + name, "*." + pattern)
 
 
-def frozen_note(model: nn.Module) -> list[str]:
-    """One line that names the matrices in the layers that no linear module holds: experts, routers, convolutions."""
-    bare: dict[str, None] = {}
+def bare_parameters(model: nn.Module) -> dict[str, Tensor]:
+    """The matrices in the layers that no linear module holds, by their full names: experts, routers, convolutions."""
+    found: dict[str, Tensor] = {}
     for name, layer in decoder_layers(model).items():
         for owner, module in layer.named_modules():
+            if CHILD in owner.split(".") or isinstance(module, (*LINEAR, nn.Embedding)):
+                continue
             for key, parameter in module.named_parameters(recurse=False):
-                if parameter.ndim >= 2 and not isinstance(module, (*LINEAR, nn.Embedding)):
-                    bare[f"{owner}.{key}"] = None
-            if isinstance(module, LINEAR) and _is_router(model, f"{name}.{owner}"):
-                bare[f"{owner}.weight"] = None
+                if parameter.ndim >= 2:
+                    found[f"{name}.{owner}.{key}"] = parameter
+    return found
+
+
+def frozen_note(model: nn.Module) -> list[str]:
+    """One line that names the matrices in the layers that "all-linear" does not reach."""
+    layers = tuple(f"{name}." for name in decoder_layers(model))
+    routers = [f"{n}.weight" for n in linears(model) if n.startswith(layers) and _is_router(model, n)]
+    bare = [*bare_parameters(model), *routers]
     if not bare:
         return []
-    names = listed({re.sub(r"\.\d+\.", ".*.", name) for name in bare})
-    return [f"stays frozen under {ALL_LINEAR}, being an expert, a router or otherwise no linear module: {names}"]
+    numbered = "|".join(re.escape(name.rpartition(".")[0]) for name in decoder_layers(model))
+    names = listed({re.sub(rf"^(?:{numbered})\.\d+\.", "", name) for name in bare})
+    names = re.sub(r"\.\d+\.", ".*.", names)
+    return [
+        f"stays frozen under {ALL_LINEAR}, being an expert, a router or otherwise no linear module: {names} "
+        "(target_parameters reaches experts)"
+    ]
 
 
 def _head(model: nn.Module) -> nn.Module | None:
