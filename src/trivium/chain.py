@@ -198,8 +198,9 @@ def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path
     import torch
 
     from trivium.folder import identity_of, open_folder, place
+    from trivium.model.quantized import quantized, unpack
     from trivium.peft import base as deltas
-    from trivium.peft.kinds import FullSettings
+    from trivium.peft.kinds import FullSettings, quantization
     from trivium.peft.settings import settings_of
     from trivium.stage_runner import StageRun
     from trivium.train.machine import pick_device, pick_dtype
@@ -216,8 +217,10 @@ def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path
     if is_start(recipe, parent) and recipe.model.get("add_tokens"):  # type: ignore[union-attr]
         add_tokens(opened.model, stage, wanted)
     lies = opened.base or parent.source
-    if deltas.deltas(opened.model.hf) and not deltas.continues(opened.model.hf, wanted):
+    goes_on = deltas.continues(opened.model.hf, wanted) and quantized(opened.model.hf) == quantization(wanted)
+    if deltas.deltas(opened.model.hf) and not goes_on:
         say("  another method than its parent's: the parent's adapter is merged into its base first")
+        unpack(opened.model.hf)
         deltas.merge(opened.model.hf)
         opened.settings, opened.base = FullSettings(), None
         lies = "merged"

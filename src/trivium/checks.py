@@ -46,6 +46,7 @@ def check_sizes(recipe: Recipe) -> None:
 def check_fit(model: Any, recipe: Recipe, stages: list[Stage]) -> None:
     """What later stages ask of this model is there, so that it is not found out hours later; raises RecipeError."""
     from trivium.peft.base import plan_for
+    from trivium.peft.kinds import virtual_tokens
     from trivium.peft.settings import settings_of
 
     for stage in stages:
@@ -53,10 +54,12 @@ def check_fit(model: Any, recipe: Recipe, stages: list[Stage]) -> None:
             plan_for(model.hf, settings_of(stage.method))
         except RecipeError as error:
             raise RecipeError(f"stages.{stage.name}.method: {error.what}", error.remedy) from None
-    context = model.context
     for stage in recipe.stages[: len(stages)]:  # as written: a default gives way to the model's context
+        taken = virtual_tokens(settings_of(stage.method))
+        context = model.context - (0 if model.virtual else taken)
         if stage.max_length and stage.max_length > context:
+            less = f" less {taken} virtual tokens" if taken else ""
             raise RecipeError(
-                f"stages.{stage.name}.max_length: {stage.max_length} is more than the model's context of {context}",
+                f"stages.{stage.name}.max_length: {stage.max_length} is more than the model's context{less}: {context}",
                 f"use at most {context}, or build the model with a larger max_position_embeddings",
             )

@@ -81,10 +81,21 @@ def open_folder(
 
     base = base_of(folder)
     opened = open_folder(base, dtype, device, overrides)
+    if (how := adapter.quantization_of(folder)) is not None:
+        quantize_layers(opened.model, how)
     attached = adapter.load(opened.model.hf, folder)
     if (folder / "tokenizer_config.json").is_file():
         opened.model.tokenizer = load_tokenizer(folder)
     return Opened(opened.model, attached.settings, base, attached.notes)
+
+
+def quantize_layers(model: LanguageModel, how: str) -> None:
+    """Hold the linear modules of the layers in 4 or 8 bit: ``nf4`` or ``int8``. Raises ModelError."""
+    from trivium.model.quantized import quantize
+    from trivium.peft.kinds import ALL_LINEAR
+    from trivium.peft.targets import find_targets
+
+    quantize(model.hf, find_targets(model.hf, ALL_LINEAR), how)
 
 
 def method_of(folder: Path) -> dict[str, Any] | None:
@@ -95,13 +106,9 @@ def method_of(folder: Path) -> dict[str, Any] | None:
     if record is not None and isinstance(record.get("settings"), dict):
         method = record["settings"].get("method")
         return method if isinstance(method, dict) else None
-    from trivium.peft.folder import read_config
+    from trivium.peft.folder import method_in
 
-    config = read_config(folder)
-    if config.get("peft_type") != "LORA":
-        return None
-    names = {"r": "r", "lora_alpha": "alpha", "target_modules": "target_modules", "use_rslora": "rslora"}
-    return {"name": "lora", **{ours: config[theirs] for theirs, ours in names.items() if config.get(theirs)}}
+    return method_in(folder)
 
 
 def load_tokenizer(folder: Path) -> Any:

@@ -15,7 +15,7 @@ from pydantic_core import PydanticCustomError
 
 from trivium.errors import RecipeError, nearest
 from trivium.objectives import OBJECTIVES
-from trivium.peft.settings import settings_of
+from trivium.peft.settings import METHODS, PRESETS, as_written, settings_of
 from trivium.stages import STAGES
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
@@ -162,7 +162,9 @@ class Stage(Strict):
     device: str | None = Field(
         None, pattern=r"^[a-z]+(:[0-9]+)?$", description="cpu, cuda, cuda:1, mps; left out: the fastest there is."
     )
-    method: dict[str, Any] | None = Field(None, description="name: full, lora or bottleneck, and its settings.")
+    method: dict[str, Any] | None = Field(
+        None, description=f"How it is trained, and the method's settings: {', '.join((*METHODS, *PRESETS))}."
+    )
     loss: str | None = Field(None, description="The objective: next_token or dpo.")
     beta: float | None = Field(None, gt=0, description="DPO's beta: how strongly it holds on to its parent.")
     sft_weight: float | None = Field(
@@ -179,11 +181,11 @@ class Stage(Strict):
     @field_validator("method", mode="before")
     @classmethod
     def _method(cls, value: Any) -> Any:
-        value = {"name": value} if isinstance(value, str) else value
-        if isinstance(value, dict):
-            if "name" not in value:
-                raise _wrong("it has no name", "write method: {name: full | lora | bottleneck, ...}")
+        if isinstance(value, (str, dict)):
+            if isinstance(value, dict) and "name" not in value:
+                raise _wrong("it has no name", "write method: {name: full | lora | bottleneck | ..., ...}")
             try:
+                value = as_written(value)
                 settings_of(value)
             except RecipeError as error:
                 raise _wrong(error.what, error.remedy) from None

@@ -30,18 +30,26 @@ class InMemory:
 
 
 def stage_examples(
-    stage: Stage, model: LanguageModel, template: ChatTemplate, given: InMemory | None = None
+    stage: Stage,
+    model: LanguageModel,
+    template: ChatTemplate,
+    given: InMemory | None = None,
+    context: int | None = None,
 ) -> tuple[Prepared, Examples]:
-    """The examples to train on and those held out; the ledger is printed. Raises DataError where none is left."""
-    written = stage.max_length is not None and stage.max_length <= model.context
+    """The examples to train on and those held out; the ledger is printed. Raises DataError where none is left.
+
+    ``context`` is what rows may have of the model's, in tokens; left out, all of it.
+    """
+    context = model.context if context is None else context
+    written = stage.max_length is not None and stage.max_length <= context
     if stage.max_length and not written:  # a default; what the recipe says is checked before
-        say(f"  max_length {model.context}, which is the model's context")
+        say(f"  max_length {context}, which is the model's context")
 
     def ready(sources: Sequence[Mix | Listed], holdout: float) -> Prepared:
         return prepare(
             sources, kind=STAGES[stage.stage].rows, tokenizer=model.tokenizer, template=template,
             train_on=stage.train_on or "assistant", max_length=stage.max_length if written else None,
-            context=model.context, on_overflow=stage.on_overflow, pairs=stage.scored or "best_worst",
+            context=context, on_overflow=stage.on_overflow, pairs=stage.scored or "best_worst",
             duplicates=stage.duplicates or "keep", holdout=holdout,
             bad_rows=stage.bad_rows if stage.bad_rows is not None else 0.01,
         )  # fmt: skip

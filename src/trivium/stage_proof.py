@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -31,12 +33,18 @@ def _shortest(examples: Examples, count: int) -> list[Example]:
     return list(examples.at(np.argsort(examples.sizes, kind="stable")[:count]))
 
 
-def prove_start(goal: Objective, model: LanguageModel, reference: Any, examples: Examples) -> None:
-    """The objective's declared value before the first step, on the shortest rows; raises ModelError."""
+def prove_start(
+    goal: Objective, model: LanguageModel, reference: Any, examples: Examples, parent: Callable[[], Any] | None = None
+) -> None:
+    """The objective's declared value before the first step, on the shortest rows; raises ModelError.
+
+    Where a method does not start as its parent, ``parent`` puts the model back to it for the proof.
+    """
     if goal.at_start is None:
         return
     forest = lay_out(_shortest(examples, 2)).to(model.device)
-    loss = evaluate(goal, model.logprob, reference, [forest])[goal.at_start_of]
+    with parent() if parent else contextlib.nullcontext():
+        loss = evaluate(goal, model.logprob, reference, [forest])[goal.at_start_of]
     allowed = 5 * TOLERANCE[model.dtype].mean
     if not abs(loss - goal.at_start) <= allowed:
         raise ModelError(
@@ -44,7 +52,8 @@ def prove_start(goal: Objective, model: LanguageModel, reference: Any, examples:
             "the reference is not the parent",
             "the parent's folder has changed since it was trained; run the recipe again",
         )
-    say(f"  proof: {goal.name} starts at {loss:.6f}, as it must")
+    where = ", as it must" if parent is None else " with the method off, as it must; the method itself starts elsewhere"
+    say(f"  proof: {goal.name} starts at {loss:.6f}{where}")
 
 
 def recomputes(stage: Stage, model: LanguageModel, examples: Examples) -> bool:

@@ -7,7 +7,7 @@ the objective declares. Final metrics are taken on what was saved.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -16,13 +16,14 @@ import torch
 from trivium.data.chat import ChatTemplate
 from trivium.data.templates import chat_template
 from trivium.files import folder_bytes, write_by, write_text
-from trivium.folder import round_to, save
+from trivium.folder import quantize_layers, round_to, save
 from trivium.forest import Forest
 from trivium.model.language_model import LanguageModel
 from trivium.model.proof import prove
+from trivium.model.quantized import quantized
 from trivium.objectives import objective
 from trivium.peft import base as deltas
-from trivium.peft.kinds import FullSettings, Settings
+from trivium.peft.kinds import FullSettings, Settings, quantization, virtual_tokens
 from trivium.peft.settings import method_name, settings_of
 from trivium.peft.targets import decoder_layers
 from trivium.stage_data import packed, run_order, stage_examples
@@ -49,7 +50,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         with costs.clock("reference_seconds"):
             reference = _reference(run, work, held_out)
         with costs.clock("setup_seconds"):
-            prove_start(work.goal, model, reference, work.used)
+            prove_start(work.goal, model, reference, work.used, _elsewhere(run, work))
             layers = list(decoder_layers(model.hf).values())
             stack.enter_context(recompute.recomputed(layers, recomputes(run.stage, model, work.used)))
         training = Training(run, work, reference, held_out, peak)
@@ -68,7 +69,7 @@ def _prepared(run: StageRun) -> Work:
     """Data, method and objective, and the proof that the packed rows are computed right."""
     stage, model = run.stage, run.model
     template = chat_template(model.tokenizer, stage.date)
-    data, held_out = stage_examples(stage, model, template, run.data)
+    data, held_out = stage_examples(stage, model, template, run.data, _context(run))
     peft = stage.method is not None and stage.method["name"] != "full"
     base = run.adapter_base() if peft and run.adapter_base else None
     settings, parent = _attach(run)
@@ -102,6 +103,12 @@ def _reference(run: StageRun, work: Work, held_out: list[Forest]) -> Any:
 # --- before the loop
 
 
+def _context(run: StageRun) -> int:
+    """What is left of the model's context when the method's virtual tokens, not hung yet, have taken their part."""
+    new = 0 if deltas.deltas(run.model.hf) else virtual_tokens(settings_of(run.stage.method))
+    return run.model.context - new
+
+
 def _attach(run: StageRun) -> tuple[Settings, dict[str, torch.Tensor] | None]:
     """Make the method's weights trainable: (settings, the parent's small weights or None when the base is parent)."""
     stage, opened, model = run.stage, run.opened, run.model
@@ -115,12 +122,16 @@ def _attach(run: StageRun) -> tuple[Settings, dict[str, torch.Tensor] | None]:
         attached = deltas.describe(model.hf, settings, [])
     else:
         parent = None
+        if (how := quantization(settings)) is not None:
+            quantize_layers(model, how)
         attached = deltas.attach(model.hf, settings, seed=int(stage.seed or 0))
     opened.settings = settings
     for note in [*opened.notes, *attached.notes]:
         say(f"  note: {note}")
     if isinstance(settings, FullSettings) and _has_experts(model):
         say("  note: a mixture of experts is trained without a load-balancing loss")
+    if (how := quantized(model.hf)) is not None:
+        say(f"  the frozen layers are held in {how}; their rounded weights are what it starts from")
     trained, total = attached.trained_parameters, attached.total_parameters
     say(f"  {method_name(settings)}: {trained:,} of {total:,} parameters trained ({trained / total:.2%})")
     return settings, parent
@@ -136,6 +147,12 @@ def _as_parent(model: LanguageModel, parent: dict[str, torch.Tensor] | None) -> 
     """The model as its parent was: adapters off, or under the parent's small weights; without any dropout."""
     with dropout_off(model), deltas.off(model.hf) if parent is None else deltas.swapped(model.hf, parent):
         yield
+
+
+def _elsewhere(run: StageRun, work: Work) -> Callable[[], contextlib.AbstractContextManager[None]] | None:
+    """The way back to the parent, for a method that does not start as it."""
+    started = [delta.starts_as_base for delta in deltas.deltas(run.model.hf).values()]
+    return None if work.parent is not None or all(started) else lambda: _as_parent(run.model, None)
 
 
 # --- after the loop

@@ -233,5 +233,10 @@ def _optimizers(stage: Stage, model: LanguageModel) -> list[torch.optim.Optimize
     inside = {id(p) for layer in decoder_layers(model.hf).values() for p in layer.parameters()}
     hidden = {n for n, p in model.hf.named_parameters() if id(p) in inside}
     return build_optimizers(
-        model.hf, hidden, str(stage.optimizer), float(stage.learning_rate or 0), float(stage.weight_decay or 0)
+        model.hf,
+        hidden,
+        str(stage.optimizer),
+        float(stage.learning_rate or 0),
+        float(stage.weight_decay or 0),
+        deltas.rates(model.hf),
     )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from trivium.errors import RecipeError
+from trivium.peft.settings import rate_of
 from trivium.train.machine import pick_device
 
 if TYPE_CHECKING:
@@ -62,9 +63,6 @@ STAGES = {
 # What one forward pass holds, in tokens: enough to keep the device busy, few enough to keep memory low.
 PASS_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}
 
-# An adapter starts near zero and is small: about ten times the full learning rate is what works in practice.
-PEFT_RATE = 10.0
-
 # What goes with the model and is taken over from the stage before.
 INHERITED = ("method", "dtype", "device", "recompute", "micro_batch_tokens")
 
@@ -116,7 +114,7 @@ def resolve(stage: Stage, recipe: Recipe, parent: dict[str, Any] | None, parent_
             remedy = "use adamw, or write method: full"
             raise RecipeError(f"stages.{stage.name}.optimizer: muon is for full training, not for an adapter", remedy)
         if "learning_rate" in defaulted:
-            defaulted["learning_rate"] *= PEFT_RATE
+            defaulted["learning_rate"] *= rate_of({**have, **defaulted}["method"])
     device = pick_device(have.get("device"))
     if "device" not in have:
         defaulted["device"] = device

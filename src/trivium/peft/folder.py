@@ -35,6 +35,22 @@ FORMATS = {LoRASettings: ("LORA", LORA), **peft_format.FORMATS}
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 TYPE = "trivium_type"
+BASE = "base_model_name_or_path"
+# What a recipe says for what a config of PEFT says; what the tensors tell is not there.
+WORDS = {
+    "LORA": ("lora", {
+        "r": "r", "lora_alpha": "alpha", "target_modules": "target_modules", "use_rslora": "rslora",
+        "rank_pattern": "rank_pattern", "alpha_pattern": "alpha_pattern", "use_dora": "dora",
+        "modules_to_save": "modules_to_save", "target_parameters": "target_parameters",
+    }),
+    "VERA": ("vera", {
+        "r": "r", "target_modules": "target_modules", "d_initial": "d_initial",
+        "projection_prng_key": "projection_seed",
+    }),
+    "IA3": ("ia3", {"target_modules": "target_modules", "feedforward_modules": "feedforward_modules"}),
+    "PROMPT_TUNING": ("prompt", {"num_virtual_tokens": "num_virtual_tokens"}),
+    "PREFIX_TUNING": ("prefix", {"num_virtual_tokens": "num_virtual_tokens"}),
+}  # fmt: skip
 OURS = ("quantize", "init_lora_weights", "loraplus_lr_ratio")  # settings that PEFT's configs have no key for
 
 
@@ -57,7 +73,7 @@ def save(
         config = {**common(peft_type, base), **written.config(model, settings, hung)}
         small = written.tensors(hung)
     else:
-        config = {TYPE: method_name(settings), "base_model_name_or_path": base, **asdict(settings)}
+        config = {TYPE: method_name(settings), BASE: base, **asdict(settings)}
         small = small_weights(hung, fixed=True)
     held = torch.float32 if any(isinstance(delta, Started) for delta in hung.values()) else dtype  # a difference
     ready = {key: tensor.detach().to("cpu", held).contiguous() for key, tensor in small.items()}
@@ -146,8 +162,24 @@ def read_config(folder: Path) -> dict[str, Any]:
     return config
 
 
+def method_in(folder: Path) -> dict[str, Any] | None:
+    """A recipe's words for the adapter of a folder, so that a stage can go on training it; None where it has none."""
+    config = read_config(folder)
+    if TYPE in config:
+        return {"name": config[TYPE], **{k: v for k, v in config.items() if k not in (TYPE, BASE) and v is not None}}
+    peft_type = config.get("peft_type")
+    if peft_type not in WORDS:
+        return None
+    name, words = WORDS[peft_type]
+    found = {ours: config[theirs] for theirs, ours in words.items() if config.get(theirs)}
+    beside = {k: v for k, v in written_beside(folder).items() if v is not None}
+    if beside.get("init_lora_weights"):  # written as a plain LoRA of twice the rank; settings of the folder tell it all
+        return None
+    return {"name": name, **found, **beside}
+
+
 def _own_settings(config: dict[str, Any], folder: Path) -> Settings:
-    values = {key: value for key, value in config.items() if key not in (TYPE, "base_model_name_or_path")}
+    values = {key: value for key, value in config.items() if key not in (TYPE, BASE)}
     try:
         settings = settings_for(config[TYPE], values)
     except UserError as error:

@@ -64,7 +64,7 @@ class Use:
 
     def virtual(self, model: nn.Module, adapter: str | None) -> Virtual | None:
         """The virtual tokens of one adapter; those of its deltas put together, in the model's order."""
-        own = [delta for m in model.modules() if isinstance(m, Hub) and (delta := m.of(adapter)) is not None]
+        own: list[Any] = [delta for m in model.modules() if isinstance(m, Hub) and (delta := m.of(adapter)) is not None]
         parts = [part for delta in own if (part := delta.virtual()) is not None]
         if not parts:
             return None
@@ -163,14 +163,14 @@ def _before(target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return None
     use = hub.use
     if not use.spans:
-        for key in dict.fromkeys(key for name in use.active if name in hub for key in hub[name].replaces):
+        for key in dict.fromkeys(key for name in use.active if name in hub for key in hub.of(name).replaces):
             own[key] = target._parameters[key]
 
             def changed(delta: Any, tensor: Tensor, key: str = key) -> Tensor:
                 return delta.tensors(target, key, tensor) if key in delta.replaces else tensor
 
             target._parameters[key] = use.through(hub, changed, own[key])  # type: ignore[assignment]
-    if not any(getattr(delta, "changes_input", False) for delta in hub.values()):
+    if not any(hub[name].changes_input for name in hub):
         return None
     x, put = _first(args, kwargs)
     if use.spans:

@@ -259,6 +259,16 @@ Settings = (
 )  # fmt: skip
 
 
+def quantization(settings: Settings) -> str | None:
+    """How the frozen base is to be held: ``nf4``, ``int8``, or None: as it is."""
+    return getattr(settings, "quantize", None)
+
+
+def virtual_tokens(settings: Settings) -> int:
+    """How many tokens of the model's context the method takes."""
+    return getattr(settings, "num_virtual_tokens", 0)
+
+
 # --- checks
 
 

@@ -23,6 +23,7 @@ class NoPlace(Delta):
     """What acts as virtual tokens, and on no module's output: it cannot be merged."""
 
     token_wise = False
+    starts_as_base = False
 
     def obstacle(self, target: nn.Module) -> ModelError | None:
         return ModelError(

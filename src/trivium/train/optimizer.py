@@ -10,6 +10,7 @@ Shapes:  R rows,  C columns of a matrix,  n matrices of one shape (they are orth
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -57,20 +58,31 @@ def orthogonalised(matrices: Tensor, steps: int = 5) -> Tensor:
 
 
 def build_optimizers(
-    model: nn.Module, hidden: set[str], name: str, lr: float, weight_decay: float
+    model: nn.Module,
+    hidden: set[str],
+    name: str,
+    lr: float,
+    weight_decay: float,
+    rates: Mapping[str, float] | None = None,
 ) -> list[torch.optim.Optimizer]:
     """The optimizers of ``model``'s trained parameters; every group keeps its peak rate under ``peak_lr``.
 
     ``hidden`` names the parameters inside the decoder layers: Muon takes the matrices among them. Weight decay is on
-    matrices; biases, norms and embeddings have none.
+    matrices; biases, norms and embeddings have none. ``rates`` are factors on the rate, of those that want another.
     """
+    rates = rates or {}
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     muon = {n for n, p in trained.items() if name == "muon" and n in hidden and p.dim() == 2}
     embeddings = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
-    decayed = [p for n, p in trained.items() if n not in muon and p.dim() >= 2 and id(p) not in embeddings]
-    plain = [p for n, p in trained.items() if n not in muon and (p.dim() < 2 or id(p) in embeddings)]
-    pairs = [(decayed, weight_decay), (plain, 0.0)]
-    groups: list[dict[str, Any]] = [{"params": params, "weight_decay": decay} for params, decay in pairs if params]
+    alike: dict[tuple[bool, float, bool], list[Tensor]] = defaultdict(list)  # those of the stage's own rate first
+    for n, p in trained.items():
+        if n not in muon:
+            factor = rates.get(n, 1.0)
+            alike[factor != 1, factor, p.dim() < 2 or id(p) in embeddings].append(p)
+    groups: list[dict[str, Any]] = [
+        {"params": params, "weight_decay": 0.0 if plain else weight_decay, "factor": factor}
+        for (_, factor, plain), params in sorted(alike.items(), key=lambda pair: pair[0])
+    ]
     optimizers: list[torch.optim.Optimizer] = []
     if groups:
         fused = all(p.device.type in ("cpu", "cuda") for g in groups for p in g["params"])
@@ -79,7 +91,7 @@ def build_optimizers(
         optimizers.append(Muon([trained[n] for n in sorted(muon)], lr, weight_decay))
     for optimizer in optimizers:
         for group in optimizer.param_groups:
-            group["peak_lr"] = lr
+            group["peak_lr"] = lr * group.pop("factor", 1.0)
     return optimizers
 
 
