@@ -37,7 +37,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     ),
     "a misspelt key of a method": (
         changed(chat={"method": {"name": "lora", "rr": 3}}),
-        ["stages.chat.method", "'rr'; did you mean 'r'?", "alpha, dropout, r, rslora, target_modules"],
+        ["stages.chat.method", "'rr'; did you mean 'r'?", "alpha, alpha_pattern, dora"],
     ),
     "a misspelt method": (changed(chat={"method": "lorra"}), ["stages.chat.method", "did you mean 'lora'?"]),
     "a method without a name": (changed(chat={"method": {"r": 4}}), ["stages.chat.method", "no name"]),

@@ -233,7 +233,7 @@ def test_a_prompt_of_several_answers_is_read_once(monkeypatch):
     model, sizes = tiny("llama"), []
     forward = generation._forward
     monkeypatch.setattr(
-        generation, "_forward", lambda m, t, *more: sizes.append(tuple(t.shape)) or forward(m, t, *more)
+        generation, "_forward", lambda m, t, *more: sizes.append(tuple(t["input_ids"].shape)) or forward(m, t, *more)
     )
     generate_many(model, prompts()[:1], 4, NO_STOP, 0.8, samples=5)
     assert sizes == [(1, LENGTHS[0]), *[(5, 1)] * 3]
@@ -246,7 +246,7 @@ def test_filled_prompts_are_answered_together(name, monkeypatch):
     forward = generation._forward
 
     def counted(model, tokens, mask, cache):
-        sizes.append(tuple(tokens.shape))
+        sizes.append(tuple(tokens["input_ids"].shape))
         return forward(model, tokens, mask, cache)
 
     monkeypatch.setattr(generation, "_forward", counted)

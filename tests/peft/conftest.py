@@ -8,8 +8,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
+
+from trivium.model.layout import row_inputs
+from trivium.virtual import adapters_of
 
 COMMON = {
     "hidden_size": 64,
@@ -65,11 +69,28 @@ def tokens() -> torch.Tensor:
     return torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(3))
 
 
+def logits_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """``[B, L, V]``, the virtual tokens of a prompt or prefix before every row."""
+    adapters = adapters_of(model)
+    what, behind = row_inputs(model, tokens, adapters.acting(model) if adapters else None)
+    return model(**what, use_cache=False).logits[:, behind:]
+
+
+def loss_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
+    """Next-token prediction."""
+    return F.cross_entropy(logits_of(model, tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten())
+
+
+@pytest.fixture
+def loss(tokens: torch.Tensor) -> Callable[[nn.Module], torch.Tensor]:
+    return lambda model: loss_of(model, tokens)
+
+
 @pytest.fixture
 def logits(tokens: torch.Tensor) -> Callable[[nn.Module], torch.Tensor]:
     def run(model: nn.Module) -> torch.Tensor:
         with torch.no_grad():
-            return model(tokens).logits
+            return logits_of(model, tokens)
 
     return run
 
@@ -82,7 +103,7 @@ def train(tokens: torch.Tensor) -> Callable[[nn.Module, int], None]:
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         for _ in range(steps):
             optimizer.zero_grad()
-            model(tokens, labels=tokens).loss.backward()
+            loss_of(model, tokens).backward()
             optimizer.step()
 
     return run

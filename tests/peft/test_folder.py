@@ -105,14 +105,16 @@ def test_saved_in_another_dtype(tiny, train, tmp_path):
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"peft_type": "IA3"}, "peft_type 'IA3'"),
+        ({"peft_type": "IA3"}, "init_lora_weights"),
+        ({"peft_type": "ADALORA"}, "peft_type 'ADALORA'; LORA, VERA, IA3, PROMPT_TUNING, PREFIX_TUNING are read"),
         ({"peft_type": None}, "peft_type None"),
-        ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"use_dora": True}, "lora_magnitude_vector of model.layers.0.self_attn.q_proj is missing"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save 'lm_head' and holds no weights of it"),
+        ({"modules_to_save": 7}, "modules_to_save '7'"),
         ({"bias": "all"}, "bias 'all'"),
         ({"bias": ["x"]}, "bias"),
         ({"layer_replication": [[0, 1]]}, "layer_replication"),
-        ({"target_parameters": ["experts.down_proj"]}, "target_parameters"),
+        ({"target_parameters": ["experts.down_proj"]}, "target_parameters 'experts.down_proj' and holds no"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights 'pissa'"),
         ({"something_of_tomorrow": 3}, "something_of_tomorrow"),
         ({"r": 0}, "r is 0"),
@@ -151,7 +153,7 @@ def test_tensors_that_do_not_belong(tiny, train, tmp_path):
     first = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
     for name, said in (
         ("base_model.model.lm_head.weight", "lm_head"),
-        (first.replace("_A", "_embedding_A"), "no weight"),
+        (first.replace("_A", "_embedding_A"), "does not belong"),
     ):
         save_file({**small, name: torch.zeros(2, 2)}, tmp_path / folder.WEIGHTS)
         refused(tiny("llama"), tmp_path, said)

@@ -10,6 +10,7 @@ import pytest
 
 from trivium.errors import RecipeError
 from trivium.peft import METHODS, BottleneckSettings, FullSettings, LoRASettings, settings_for
+from trivium.peft.settings import PRESETS, as_written, method_of_preset, rate_of, settings_of
 
 
 def test_values_are_filled_in():
@@ -25,7 +26,7 @@ def test_values_are_filled_in():
     ("name", "values", "said"),
     [
         ("lorra", {}, "did you mean 'lora'"),
-        ("dora", {}, "Methods: bottleneck, full, lora"),
+        ("dorra", {}, "did you mean 'dora'"),
         (["lora"], {}, "there is no method"),
         ("lora", {"rank": 4}, "no setting 'rank'"),
         ("lora", {"target_module": ["q"]}, "did you mean 'target_modules'"),
@@ -45,8 +46,23 @@ def test_values_are_filled_in():
         ("lora", {"target_modules": None}, "target_modules is None"),
         ("lora", {"target_modules": [3]}, "target_modules is [3]"),
         ("bottleneck", {"non_linearity": "gelo"}, "did you mean 'gelu'"),
-        ("bottleneck", {"non_linearity": "tanh"}, "gelu, relu, silu"),
-        ("bottleneck", {"placement": "parallel"}, "houlsby, pfeiffer"),
+        ("bottleneck", {"non_linearity": "sin"}, "gelu, relu, silu, tanh"),
+        ("compacter", {"placement": "parallel"}, "houlsby, pfeiffer"),
+        ("bottleneck", {"r": 8, "reduction_factor": 4}, "r and reduction_factor do not go together"),
+        ("bottleneck", {"scale": 4.0}, "Only placement: parallel has a scale"),
+        ("bottleneck", {"skip_layers": -1}, "skip_layers is -1"),
+        ("lora", {"dora": True, "init_lora_weights": "pissa"}, "dora and init_lora_weights do not go together"),
+        ("lora", {"init_lora_weights": "pisa"}, "did you mean 'pissa'"),
+        ("lora", {"rank_pattern": {"q_proj": 0}}, "rank_pattern.q_proj is 0"),
+        ("lora", {"alpha_pattern": [3]}, "alpha_pattern is [3]"),
+        ("lora", {"modules_to_save": []}, "modules_to_save is []"),
+        ("lora", {"target_parameters": "x", "dropout": 0.1}, "dropout and target_parameters"),
+        ("lora", {"quantize": "nf5"}, "did you mean 'nf4'"),
+        ("lora", {"loraplus_lr_ratio": 0}, "loraplus_lr_ratio is 0"),
+        ("ia3", {"feedforward_modules": ["x"]}, "without target_modules"),
+        ("prompt", {"num_virtual_tokens": 0}, "num_virtual_tokens is 0"),
+        ("top_layers", {"layers": 0}, "layers is 0"),
+        ("vera", {"d_initial": -1}, "d_initial is -1"),
         ("bottleneck", {"placement": ["houlsby"]}, "placement is ['houlsby']"),
         ("bottleneck", {"layer_norms": 1}, "layer_norms is 1"),
     ],
@@ -56,6 +72,20 @@ def test_mistakes_are_named(name, values, said):
         settings_for(name, values)
     assert said in str(caught.value)
     assert "\n" not in caught.value.what
+
+
+def test_a_preset_is_what_it_stands_for():
+    assert as_written("dora") == {"name": "lora", "dora": True}
+    assert as_written({"name": "qlora", "r": 4}) == {"name": "lora", "quantize": "nf4", "r": 4}
+    assert settings_of("pfeiffer") == BottleneckSettings(placement="pfeiffer")
+    assert settings_of({"name": "qlora", "quantize": "nf4"}).quantize == "nf4"
+    with pytest.raises(RecipeError, match="qlora means quantize: nf4"):
+        as_written({"name": "qlora", "quantize": "int8"})
+    for name in PRESETS:
+        settings_of(name)
+        assert rate_of(method_of_preset(name)) > 1
+    with pytest.raises(RecipeError, match="did you mean 'houlsby'"):
+        method_of_preset("houlsbee")
 
 
 def test_every_setting_has_its_sentence():

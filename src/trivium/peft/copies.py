@@ -71,8 +71,10 @@ def own_tensors(model: nn.Module, names: Iterable[str], of: tuple[str, ...] | No
     return made
 
 
-def copies_of(model: nn.Module, patterns: Iterable[str], apart_from: Mapping[str, object]) -> dict[str, Delta]:
-    """Copies for whole modules that ``patterns`` match, such as ``embed_tokens`` and ``lm_head``, in the model's order.
+def copies_of(
+    model: nn.Module, patterns: Iterable[str], apart_from: Mapping[str, object]
+) -> tuple[dict[str, Delta], set[str]]:
+    """Copies for whole modules that ``patterns`` match, such as ``embed_tokens`` and ``lm_head``; and those matched.
 
     Tied ones are chosen together. Raises RecipeError where a pattern matches nothing, or a module that a LoRA has.
     """
@@ -91,7 +93,7 @@ def copies_of(model: nn.Module, patterns: Iterable[str], apart_from: Mapping[str
         raise RecipeError(
             f"modules_to_save: {taken[0]} has a LoRA as well", "Leave it out of target_modules, or out of this list."
         )
-    return tied_copies(model, chosen)
+    return tied_copies(model, chosen), set(chosen)
 
 
 def tied_copies(model: nn.Module, names: Iterable[str], tie: bool = True) -> dict[str, Delta]:

@@ -58,17 +58,13 @@ class DoRA(LoRA):
         """Equation 5; ``x [..., in]``, ``output [..., out]``, in the dtype of ``output``."""
         dtype = output.dtype
         ratio = (self.lora_magnitude_vector / self.norms(target)).to(dtype)
-        bias = getattr(target, "bias", None)
-        if self.dropping and self.dropout > 0:  # the base's own part of the direction sees what the update sees
+        if self.dropping and self.dropout > 0:  # only what is added sees dropped inputs, as in PEFT
             x = self.dropped(x.to(dtype))
-            output = F.linear(x, weight_of(target).to(dtype), bias)
-        low = F.linear(x.to(dtype), self.lora_A.to(dtype))
-        both = torch.addmm(
-            output.reshape(-1, output.shape[-1]),
-            low.reshape(-1, self.r),
-            self.lora_B.to(dtype).t(),
-            alpha=self.scale,
-        ).view(output.shape)
+            again = F.linear(x, weight_of(target).to(dtype))
+            low = F.linear(F.linear(x, self.lora_A.to(dtype)), self.lora_B.to(dtype))
+            return output + (ratio - 1) * again + ratio * (self.scale * low)
+        both = super().forward(target, x, output)
+        bias = getattr(target, "bias", None)
         if bias is None:
             return both * ratio
         return both + (ratio - 1) * (both - bias)  # the bias has no direction, and stays

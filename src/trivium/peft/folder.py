@@ -81,6 +81,7 @@ def save(
     ready = {key: tensor.clone() if _shared(tensor, key, ready) else tensor for key, tensor in ready.items()}
     folder.mkdir(parents=True, exist_ok=True)
     save_file(ready, folder / WEIGHTS, metadata=_metadata(settings, ready))
+    _in_order(folder / WEIGHTS)
     (folder / CONFIG).write_text(json.dumps(config, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
@@ -95,6 +96,16 @@ def _metadata(settings: Settings, ready: dict[str, Tensor]) -> dict[str, str]:
     size = sum(tensor.nbytes for tensor in ready.values())
     dtypes = sorted({str(tensor.dtype).removeprefix("torch.") for tensor in ready.values()})
     return {"format": "pt", "dtype": ",".join(dtypes), "bytes": str(size), "trivium": json.dumps(told)}
+
+
+def _in_order(path: Path) -> None:
+    """Put the metadata in order, which safetensors writes as it comes: the same adapter is the same bytes."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size))
 
 
 def load(model: nn.Module, folder: Path, name: str = DEFAULT) -> Attached:

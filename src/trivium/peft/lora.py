@@ -92,10 +92,13 @@ def build(model: nn.Module, settings: LoRASettings) -> Plan:
     made = loras(model, settings, find_targets(model, settings.target_modules))
     if settings.target_parameters is not None:
         made |= expert_loras(model, settings)
-    if settings.modules_to_save is not None:
-        made |= copies_of(model, settings.modules_to_save, apart_from=made)
     told = settings.target_modules == ALL_LINEAR and settings.target_parameters is None
-    return Plan(made, frozen_note(model) if told else [])
+    notes = frozen_note(model) if told else []
+    if settings.modules_to_save is not None:
+        whole, asked = copies_of(model, settings.modules_to_save, apart_from=made)
+        made |= whole
+        notes += [f"{name} is tied to one of modules_to_save, and trained with it" for name in whole.keys() - asked]
+    return Plan(made, notes)
 
 
 def loras(model: nn.Module, settings: LoRASettings, names: list[str]) -> dict[str, Delta]:

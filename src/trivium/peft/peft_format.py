@@ -69,7 +69,7 @@ class Source:
     def check_keys(self, known: Iterable[str]) -> None:
         """Refuse a config that says anything not understood here."""
         for key, value in self.config.items():
-            if value and key not in (*known, *HARMLESS):
+            if value and key not in (*known, *HARMLESS) and (key, value) != ("bias", "none"):
                 raise ModelError(f"{self.folder} uses {key} ({str(value)[:60]}), which is not supported", MERGE)
 
     def planned(self, model: nn.Module, settings: kinds.Settings) -> Plan:
@@ -159,7 +159,7 @@ def _vera_tensors(hung: dict[str, Delta]) -> dict[str, Tensor]:
 
 
 def _read_vera(model: nn.Module, source: Source) -> Read:
-    source.check_keys(("r", "vera_dropout", "d_initial", "save_projection", "projection_prng_key", "bias"))
+    source.check_keys(("r", "vera_dropout", "d_initial", "save_projection", "projection_prng_key"))
     small = dict(source.small)
     pair = [small.pop(f"base_model.vera_{which}", None) for which in "AB"]
     if pair[0] is None or pair[1] is None:

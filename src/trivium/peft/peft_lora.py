@@ -54,6 +54,7 @@ def config(model: nn.Module, settings: LoRASettings, hung: dict[str, Delta]) -> 
     double = settings.init_lora_weights != "default"
     r, alpha = (2 * own[0], plain_alpha(own[1], settings.rslora)) if double else own
     whole = [name for name, one in hung.items() if isinstance(one, Copies)]
+    tied = len({id(hung[name].held) for name in whole}) < len(whole)  # type: ignore[attr-defined]
     experts = [f"{name}.{key}" for name, one in hung.items() if isinstance(one, ExpertLoRA) for key in one.keys]
     return {
         "r": r,
@@ -66,6 +67,7 @@ def config(model: nn.Module, settings: LoRASettings, hung: dict[str, Delta]) -> 
         "fan_in_fan_out": bool(plain) and conv1d(model, plain),
         "bias": "none",
         "modules_to_save": whole or None,
+        **({"ensure_weight_tying": True} if tied else {}),
         "target_parameters": experts or None,
         "init_lora_weights": True,
         "layers_to_transform": None,
@@ -168,11 +170,10 @@ def _parts(model: nn.Module, source: Source) -> dict[str, Any]:
     whole: dict[str, dict[str, Tensor]] = {}
     rest = dict(source.small)
     modules = dict(model.named_modules())
-    listed = source.config.get("modules_to_save") or []
+    listed = source.config.get("modules_to_save") or ()
     for name in list(rest):
         target, _, key = name.removeprefix(PREFIX).rpartition(".")
-        called = isinstance(listed, list) and listed and "lora_" not in name
-        if called and target in modules and hasattr(modules[target], key):
+        if listed and "lora_" not in name and target in modules and hasattr(modules[target], key):
             whole.setdefault(target, {})[key] = rest.pop(name)
     endings = {"lora_A.weight": "lora_A", "lora_B.weight": "lora_B", "lora_magnitude_vector": "lora_magnitude_vector"}
     if not source.config.get("use_dora"):
@@ -185,6 +186,16 @@ def _parts(model: nn.Module, source: Source) -> dict[str, Any]:
         for name in sorted(found, key=lambda name: -depth[name]):
             if (owner := name.replace(".base_layer", "")) in owners:
                 experts.setdefault(owner, []).append(found.pop(name))
+    for key, names, there in (
+        ("modules_to_save", listed, list(whole)),
+        ("target_parameters", source.config.get("target_parameters") or (), list(experts)),
+    ):
+        for name in names if isinstance(names, list) else [names] if names else []:
+            module = str(name).rpartition(".")[0] if key == "target_parameters" else str(name)
+            if not any(f".{path}".endswith(f".{module}") for path in there):
+                raise ModelError(
+                    f"{source.folder} has {key} {str(name)[:60]!r} and holds no weights of it", "Fetch it again."
+                )
     return {"lora": found, "whole": whole, "experts": experts}
 
 
