@@ -52,7 +52,7 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         with costs.clock("setup_seconds"):
             prove_start(work.goal, model, reference, work.used, _elsewhere(run, work))
             layers = list(decoder_layers(model.hf).values())
-            stack.enter_context(recompute.recomputed(layers, recomputes(run.stage, model, work.used)))
+            stack.enter_context(recompute.recomputed(layers, recomputes(run.stage, model, work.used), model.adapters))
         training = Training(run, work, reference, held_out, peak)
         stack.callback(training.close)
         before = training.carry_out()

@@ -12,7 +12,7 @@ Shapes:  T tokens on the line,  P virtual tokens,  D width,  G key/value heads, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
@@ -59,11 +59,19 @@ class Adapters(Protocol):
     def only(self, adapter: str | None) -> AbstractContextManager[None]:
         """One adapter acts, or none."""
 
+    def as_now(self) -> AbstractContextManager[None]:
+        """What acts at the time of this call will act within the block."""
+
 
 def adapters_of(model: Any) -> Adapters | None:
     """What a model carries, if anything."""
     found: Adapters | None = getattr(model, ADAPTERS, None)
     return found
+
+
+def same_again(adapters: Adapters | None) -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
+    """For `checkpoint`: what is computed again in the backward pass is under the adapters that it was under before."""
+    return nullcontext(), nullcontext() if adapters is None else adapters.as_now()
 
 
 def with_places(forest: Forest, groups: Iterable[tuple[int, int]]) -> tuple[Forest, list[int]]:

@@ -65,9 +65,13 @@ Row = tuple[int, list[int]]  # a prompt's number and its tokens
 
 def _that_fit(model: LanguageModel, rows: list[Row], most: int, samples: int) -> tuple[list[Row], list[Row]]:
     """As many of the rows (sorted by length) as the cache may hold, at least one; and the others."""
-    config, count = model.config, 0
+    config, count, virtual = model.config, 0, model.virtual
     a_token = samples * 2 * config.num_hidden_layers * config.hidden_size * model.dtype.itemsize
+    # Fill lies between a prefix and the prompt, and a sliding window would count it as distance.
+    alike = bool(virtual and virtual.keys_values and getattr(config, "sliding_window", None))
     while count < len(rows) and (count + 1) * (len(rows[count][1]) + most) * a_token <= CACHE_BYTES:
+        if alike and len(rows[count][1]) != len(rows[0][1]):
+            break
         count += 1
     return rows[: max(1, count)], rows[max(1, count) :]
 

@@ -11,11 +11,15 @@ Cost: 2 V D K multiply-adds per product; two products with a frozen head, four w
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from trivium.virtual import Adapters, adapters_of, same_again
 
 # A chunk's float32 logits take about this many bytes.
 CHUNK_BYTES = 32 * 2**20
@@ -28,9 +32,16 @@ class Readout(nn.Module):
     else (an adapter hangs on it) is recomputed chunk by chunk through its own forward.
     """
 
-    def __init__(self, head: nn.Module, scale: float = 1.0, softcap: float | None = None) -> None:
+    def __init__(
+        self,
+        head: nn.Module,
+        scale: float = 1.0,
+        softcap: float | None = None,
+        adapters: Callable[[], Adapters | None] = lambda: None,
+    ) -> None:
         super().__init__()
         self.head = head
+        self.adapters = adapters
         self.scale = scale
         self.softcap = softcap
 
@@ -58,7 +69,8 @@ class Readout(nn.Module):
         weight = getattr(self.head, "weight", None)
         size = _chunk_size(len(weight) if isinstance(weight, Tensor) else 2**15)
         pairs = zip(hidden.split(size), target.split(size), strict=True)
-        return torch.cat([checkpoint(chunk, h, t, use_reentrant=False) for h, t in pairs])
+        again = partial(same_again, self.adapters())
+        return torch.cat([checkpoint(chunk, h, t, use_reentrant=False, context_fn=again) for h, t in pairs])
 
 
 def readout_of(model: Any) -> Readout:
@@ -69,7 +81,8 @@ def readout_of(model: Any) -> Readout:
     """
     config = model.config.get_text_config()
     scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0) * (getattr(config, "logit_scale", None) or 1.0)
-    return Readout(model.get_output_embeddings(), scale, getattr(config, "final_logit_softcapping", None))
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Readout(model.get_output_embeddings(), scale, softcap, partial(adapters_of, model))
 
 
 def _chunk_size(vocabulary: int) -> int:

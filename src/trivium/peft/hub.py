@@ -14,7 +14,7 @@ Shapes:  T tokens on the line,  D the target's width.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -27,6 +27,7 @@ CHILD = "trivium_delta"  # the name under which the hub hangs in its target
 DEFAULT = "default"
 
 Change = Callable[[Any, Tensor], Tensor]  # (a delta, a value) -> the value, changed
+Cut = Callable[[Tensor], Tensor]
 
 
 class Use:
@@ -41,26 +42,26 @@ class Use:
         """From now on these act, in this order; ``averaged``: their changes are weighted and added."""
         self.active, self.averaged = dict(active), averaged
 
-    @contextmanager
-    def only(self, adapter: str | None) -> Iterator[None]:
+    def only(self, adapter: str | None) -> AbstractContextManager[None]:
         """One adapter acts, or none, for the length of the block."""
+        return self._as({} if adapter is None else {adapter: 1.0}, False, ())
+
+    def as_now(self) -> AbstractContextManager[None]:
+        """What acts at the time of this call will act within the block."""
+        return self._as(self.active, self.averaged, self.spans)
+
+    @contextmanager
+    def _as(self, active: dict[str, float], averaged: bool, spans: tuple[Span, ...]) -> Iterator[None]:
         before = (self.active, self.averaged, self.spans)
         try:
-            self.switch({} if adapter is None else {adapter: 1.0})
-            self.spans = ()
+            self.active, self.averaged, self.spans = active, averaged, spans
             yield
         finally:
             self.active, self.averaged, self.spans = before
 
-    @contextmanager
-    def by_span(self, spans: Sequence[Span]) -> Iterator[None]:
+    def by_span(self, spans: Sequence[Span]) -> AbstractContextManager[None]:
         """Each span of the line under its own adapter, for the length of the block."""
-        before = self.spans
-        try:
-            self.spans = tuple(spans)
-            yield
-        finally:
-            self.spans = before
+        return self._as({}, False, tuple(spans))
 
     def virtual(self, model: nn.Module, adapter: str | None) -> Virtual | None:
         """The virtual tokens of one adapter; those of its deltas put together, in the model's order."""
@@ -90,16 +91,25 @@ class Use:
             value = change(delta, value)
         return value
 
-    def by_tree(self, hub: Hub, change: Callable[[Any, slice], Tensor], value: Tensor) -> Tensor:
-        """``value [1, T, D]``, each span changed by its own adapter's delta: ``change(delta, the span's place)``."""
-        if value.shape[:2] != (1, self.spans[-1].stop):
+    def by_tree(self, hub: Hub, change: Callable[[Any, Cut], Tensor], value: Tensor) -> Tensor:
+        """``value``, the line's tokens in its second dimension (or third of four), each span changed by its own delta.
+
+        ``change(delta, cut)``: ``cut`` takes the span's part of any such tensor. Raises NotImplementedError for a
+        module that is not called with the whole line.
+        """
+        length = self.spans[-1].stop
+        dims = [d for d in ((1, 2) if value.ndim == 4 else (1,)) if value.shape[d] == length]
+        if len(dims) != 1 or len(value) != 1:
             raise NotImplementedError("an adapter for each tree wants modules that are called with the whole line")
         pieces = []
         for adapter, start, stop in self.spans:
-            at = slice(start, stop)
+
+            def cut(tensor: Tensor, start: int = start, stop: int = stop) -> Tensor:
+                return tensor.narrow(dims[0], start, stop - start)
+
             delta = hub.of(adapter)
-            pieces.append(value[:, at] if delta is None else change(delta, at))
-        return torch.cat(pieces, 1)
+            pieces.append(cut(value) if delta is None else change(delta, cut))
+        return torch.cat(pieces, dims[0])
 
 
 class Hub(nn.ModuleDict):
@@ -174,7 +184,7 @@ def _before(target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         return None
     x, put = _first(args, kwargs)
     if use.spans:
-        return put(use.by_tree(hub, lambda delta, at: delta.inputs(x[:, at]), x))
+        return put(use.by_tree(hub, lambda delta, cut: delta.inputs(cut(x)), x))
     return put(use.through(hub, lambda delta, value: delta.inputs(value), x))
 
 
@@ -188,7 +198,7 @@ def _after(target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     x, _ = _first(args, kwargs)
     first = output[0] if isinstance(output, tuple) else output
     if hub.use.spans:
-        new = hub.use.by_tree(hub, lambda delta, at: _on_some(delta, target, x[:, at], first[:, at]), first)
+        new = hub.use.by_tree(hub, lambda delta, cut: _on_some(delta, target, cut(x), cut(first)), first)
     else:
         new = hub.use.through(hub, lambda delta, value: delta(target, x, value), first)
     return (new, *output[1:]) if isinstance(output, tuple) else new

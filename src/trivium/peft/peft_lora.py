@@ -54,7 +54,7 @@ def config(model: nn.Module, settings: LoRASettings, hung: dict[str, Delta]) -> 
     double = settings.init_lora_weights != "default"
     r, alpha = (2 * own[0], plain_alpha(own[1], settings.rslora)) if double else own
     whole = [name for name, one in hung.items() if isinstance(one, Copies)]
-    tied = len({id(hung[name].held) for name in whole}) < len(whole)  # type: ignore[attr-defined]
+    tied = len({id(hung[name].held) for name in whole}) < len(whole)
     experts = [f"{name}.{key}" for name, one in hung.items() if isinstance(one, ExpertLoRA) for key in one.keys]
     return {
         "r": r,

@@ -22,7 +22,6 @@ from trivium.virtual import Virtual
 class NoPlace(Delta):
     """What acts as virtual tokens, and on no module's output: it cannot be merged."""
 
-    token_wise = False
     starts_as_base = False
 
     def obstacle(self, target: nn.Module) -> ModelError | None:

@@ -8,18 +8,24 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trivium.virtual import Adapters, same_again
+
 SHARE = 0.6  # auto recomputes when the activations would take more than this share of the free memory
 
 
 @contextlib.contextmanager
-def recomputed(layers: list[nn.Module], on: bool) -> Iterator[None]:
-    """Within the block each layer keeps only its input, and runs again in the backward pass."""
+def recomputed(layers: list[nn.Module], on: bool, adapters: Adapters | None = None) -> Iterator[None]:
+    """Within the block each layer keeps only its input, and runs again in the backward pass.
+
+    ``adapters`` are those of the model: what acts in a layer acts when it runs again.
+    """
     if not on:
         yield
         return
@@ -28,7 +34,8 @@ def recomputed(layers: list[nn.Module], on: bool) -> Iterator[None]:
         def recomputing(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
-            return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+            again = partial(same_again, adapters)
+            return checkpoint(forward, *args, use_reentrant=False, context_fn=again, **kwargs)
 
         return recomputing
 
