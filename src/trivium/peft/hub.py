@@ -13,8 +13,8 @@ Shapes:  T tokens on the line,  D the target's width.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -44,24 +44,15 @@ class Use:
 
     def only(self, adapter: str | None) -> AbstractContextManager[None]:
         """One adapter acts, or none, for the length of the block."""
-        return self._as({} if adapter is None else {adapter: 1.0}, False, ())
+        return _As(self, {} if adapter is None else {adapter: 1.0}, False, ())
 
     def as_now(self) -> AbstractContextManager[None]:
         """What acts at the time of this call will act within the block."""
-        return self._as(self.active, self.averaged, self.spans)
-
-    @contextmanager
-    def _as(self, active: dict[str, float], averaged: bool, spans: tuple[Span, ...]) -> Iterator[None]:
-        before = (self.active, self.averaged, self.spans)
-        try:
-            self.active, self.averaged, self.spans = active, averaged, spans
-            yield
-        finally:
-            self.active, self.averaged, self.spans = before
+        return _As(self, self.active, self.averaged, self.spans)
 
     def by_span(self, spans: Sequence[Span]) -> AbstractContextManager[None]:
         """Each span of the line under its own adapter, for the length of the block."""
-        return self._as({}, False, tuple(spans))
+        return _As(self, {}, False, tuple(spans))
 
     def virtual(self, model: nn.Module, adapter: str | None) -> Virtual | None:
         """The virtual tokens of one adapter; those of its deltas put together, in the model's order."""
@@ -110,6 +101,22 @@ class Use:
             delta = hub.of(adapter)
             pieces.append(cut(value) if delta is None else change(delta, cut))
         return torch.cat(pieces, dims[0])
+
+
+class _As(AbstractContextManager[None]):
+    """Other adapters act within the block; it may be entered again, as a layer may be computed again."""
+
+    def __init__(self, use: Use, active: dict[str, float], averaged: bool, spans: tuple[Span, ...]) -> None:
+        self.use, self.state = use, (active, averaged, spans)
+        self.before: list[tuple[dict[str, float], bool, tuple[Span, ...]]] = []
+
+    def __enter__(self) -> None:
+        use = self.use
+        self.before.append((use.active, use.averaged, use.spans))
+        use.active, use.averaged, use.spans = self.state
+
+    def __exit__(self, *_: object) -> None:
+        self.use.active, self.use.averaged, self.use.spans = self.before.pop()
 
 
 class Hub(nn.ModuleDict):
