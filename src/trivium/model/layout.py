@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import Any
 
 import numpy as np
@@ -53,7 +53,7 @@ def _line_states(body: Any, forest: Forest, fill_to: int | None, adapters: Adapt
     named = forest.adapters or ((None, len(forest.tokens)),)
     virtual = [virtual_of(body, forest, adapters, name) for name, _ in named]
     sizes = [v.length if v else 0 for v in virtual]
-    at = [0] * len(named)
+    at = [0, *accumulate(tokens for _, tokens in named[:-1])]
     if any(sizes):
         forest, at = with_places(forest, zip((tokens for _, tokens in named), sizes, strict=True))
     line = filled(forest, fill_to) if fill_to else forest
