@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from trivium.cli import data, run, talk
+from trivium.cli import data, merge, run, talk
 from trivium.errors import DiskError, Interrupted, UserError
 from trivium.files import NO_ROOM
 from trivium.interrupt import Stopped, asked, ignore, stop_at_once
@@ -24,6 +24,7 @@ app = typer.Typer(
 run.add_to(app)
 data.add_to(app)
 talk.add_to(app)
+merge.add_to(app)
 
 
 def main() -> None:

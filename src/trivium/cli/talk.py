@@ -84,9 +84,19 @@ def chat(
         seed += 1
 
 
-def inspect(folder: Folder, json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False) -> None:
-    """What a folder is: kind, parameters, bytes, and its whole lineage."""
-    from trivium.inspect import described, shown
+def inspect(
+    folder: Folder,
+    modules: Annotated[
+        bool, typer.Option("--modules", help="Its modules with their shapes, and what each method would train there.")
+    ] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print it as JSON.")] = False,
+) -> None:
+    """What a folder is: kind, parameters, bytes, and its whole lineage; or its modules."""
+    if modules:
+        from trivium.modules import modules_of as described
+        from trivium.modules import shown
+    else:
+        from trivium.inspect import described, shown
 
     found = described(folder)
     if json:

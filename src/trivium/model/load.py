@@ -110,6 +110,20 @@ def load_base(source: str, dtype: str, device: str, overrides: dict[str, Any] | 
     return wrap(hf.to(device).eval(), tokenizer, dtype, getattr(torch, str(saved or "float32").removeprefix("torch.")))
 
 
+def shape_of(source: str) -> Any:
+    """A model without weights, on the ``meta`` device, from its config alone: a folder (one that has nothing else
+    will do), a ``.gguf`` file, or a hub id. Raises ModelError."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    path = Path(source).expanduser()
+    where, extra = (str(path), {}) if (path / "config.json").is_file() else locate(source)
+    with quiet(), clear_errors_of(source):
+        config = AutoConfig.from_pretrained(where, **extra, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
 def wrap(hf: Any, tokenizer: Any, dtype: str, saved_dtype: Any) -> LanguageModel:
     """A `transformers` model with its tokenizer, as the rest of trivium uses it; its own dropout off."""
     import torch

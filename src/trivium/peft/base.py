@@ -345,28 +345,35 @@ def detach(model: nn.Module, name: str = DEFAULT) -> None:
         delattr(model, ADAPTERS)
 
 
+def obstacle(model: nn.Module, name: str = DEFAULT) -> ModelError | None:
+    """Why an adapter cannot be merged into the base, or None: its method cannot, or a target's weight is quantised or
+    shared with another module (the other would change with it)."""
+    pairs = [(path, model.get_submodule(path), delta) for path, delta in deltas(model, name).items()]
+    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
+    changed = [(f"{path}.{key}", target, delta, key) for path, target, delta in pairs for key in delta.changes]
+    touched = Counter(id(getattr(target, key, None)) for _, target, _, key in changed)
+    for _, target, delta in pairs:
+        if (found := delta.obstacle(target)) is not None:
+            return found
+    for path, target, delta, key in changed:
+        tensor = id(getattr(target, key))
+        # copies of what is tied change it alike; two updates of one weight would add up
+        if owners[tensor] > touched[tensor] or (touched[tensor] > 1 and not delta.replaces):
+            return ModelError(
+                f"{path} is shared with another module and cannot take in the adapter",
+                "Keep the adapter as a folder of its own, or leave this module out of target_modules.",
+            )
+    return None
+
+
 def merge(model: nn.Module, name: str = DEFAULT) -> None:
     """Fold every delta of an adapter into the base, in float32, and detach it. All or nothing.
 
-    The sum is rounded to the dtype of the base's weight. Raises ModelError when a method cannot be merged, or a
-    target's weight is quantised or shared with another module (the other would change with it).
+    The sum is rounded to the dtype of the base's weight. Raises ModelError where there is an `obstacle`.
     """
-    triples = [(target, model.get_submodule(target), delta) for target, delta in deltas(model, name).items()]
-    owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
-    changed = [getattr(target, key) for _, target, delta in triples for key in delta.changes if hasattr(target, key)]
-    touched = Counter(id(tensor) for tensor in changed)
-    for path, target, delta in triples:
-        if (obstacle := delta.obstacle(target)) is not None:
-            raise obstacle
-        for key in delta.changes:
-            if owners[id(getattr(target, key))] > touched[id(getattr(target, key))] or (
-                touched[id(getattr(target, key))] > 1 and not delta.replaces
-            ):
-                raise ModelError(
-                    f"{path}.{key} is shared with another module and cannot take in the adapter",
-                    "Keep the adapter as a folder of its own, or leave this module out of target_modules.",
-                )
+    if (found := obstacle(model, name)) is not None:
+        raise found
     with torch.no_grad():
-        for _, target, delta in triples:
-            delta.merge(target)
+        for path, delta in deltas(model, name).items():
+            delta.merge(model.get_submodule(path))
     detach(model, name)
