@@ -16,22 +16,26 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trivium.api_rows import Prompt, Rows, listed_rows, messages_of, one_stage, source_of
 from trivium.chain import place_of_base, run_recipe, written_base
 from trivium.checks import check_fit
-from trivium.data.hub import local
-from trivium.data.rows import Listed, Source
 from trivium.data.templates import chat_template
-from trivium.errors import DiskError, ModelError, RecipeError
+from trivium.errors import DiskError, ModelError, RecipeError, listed, nearest
 from trivium.evaluate.held_out import evaluate
 from trivium.evaluate.judge import Judge
+from trivium.evaluate.score import scored
 from trivium.files import sha256_json, whole_folder, write_json
-from trivium.folder import Opened, identity_of, open_folder, place, record_of, save
+from trivium.folder import Opened, attach, identity_of, open_folder, place, record_of, save
+from trivium.forest import Example
 from trivium.model.proof import prove
+from trivium.model.quantized import quantized
 from trivium.objectives import objective
 from trivium.peft import base as deltas
+from trivium.peft.folder import load as load_adapter
+from trivium.peft.folder import quantization_of
 from trivium.peft.kinds import FullSettings
-from trivium.peft.settings import method_name, settings_for, settings_of
-from trivium.recipe import DataSource, Recipe, Stage
+from trivium.peft.settings import method_name, settings_of
+from trivium.recipe import DataSource, Stage
 from trivium.recipe_file import read_recipe, recipe_of
 from trivium.stage_data import InMemory, packed, stage_examples
 from trivium.stage_proof import probe
@@ -42,9 +46,6 @@ from trivium.start import Link, data_hashes, fresh_model, link_of, tokenizer_fro
 from trivium.summary import link_record, stage_identity, stage_record
 from trivium.talk import Talker
 from trivium.train.machine import pick_device, pick_dtype
-
-Rows = Sequence[Mapping[str, Any]] | str | Path
-Prompt = str | Sequence[Mapping[str, Any]]
 
 
 def run(
@@ -88,7 +89,7 @@ def new(
     **sizes: Any,
 ) -> Model:  # fmt: skip
     """A model of random weights, its tokenizer trained on the rows' ``text``; ``sizes`` as in a recipe's ``model``."""
-    tokenizer = tokenizer_from([_source(rows)], vocab_size)
+    tokenizer = tokenizer_from([source_of(rows)], vocab_size)
     model = fresh_model({"architecture": architecture, "vocab_size": vocab_size, **sizes}, tokenizer, seed,
                       pick_dtype("auto", pick_device(device)), pick_device(device))  # fmt: skip
     identity = sha256_json([architecture, sizes, seed, tokenizer.backend_tokenizer.to_str()])
@@ -141,12 +142,74 @@ class Model:
         """
         if deltas.deltas(self.hf):
             raise RecipeError(f"the model has an adapter already ({self.method['name']})", "call merge() first")
-        wanted = settings_for(method, settings)
+        wanted = settings_of({"name": method, **settings})
         if isinstance(wanted, FullSettings):
             raise RecipeError("full is no adapter", "train without attach()")
-        deltas.attach(self.hf, wanted, seed)
+        attach(self._opened.model, wanted, seed)
         self._opened.settings = wanted
         return self
+
+    # --- several adapters on one base
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that hang in the model; the one that `attach` and `train` mean is "default"."""
+        return deltas.adapter_names(self.hf)
+
+    def load_adapter(self, folder: str | Path, name: str) -> Model:
+        """Hang the adapter of a folder beside those that are there; it acts from now on. Raises ModelError."""
+        if name in self.adapters:
+            raise RecipeError(f"there is an adapter {name!r} already", "give it another name, or detach that one")
+        path = Path(folder).expanduser()
+        if (how := quantization_of(path)) != quantized(self.hf):
+            raise ModelError(
+                f"{path}: it was trained on a base held in {how or 'its own dtype'}, and this one is held in "
+                f"{quantized(self.hf) or 'its own dtype'}",
+                "combine adapters that were trained on the same base",
+            )
+        load_adapter(self.hf, path, name)
+        return self
+
+    def use(self, adapters: str | Sequence[str] | Mapping[str, float] | None) -> Model:
+        """Which adapters act: one, several stacked in this order, a mapping of weights for their average, or none."""
+        wanted: Mapping[str, float]
+        if isinstance(adapters, Mapping):
+            wanted = adapters
+        else:
+            wanted = dict.fromkeys([adapters] if isinstance(adapters, str) else adapters or (), 1.0)
+        for name in wanted:
+            if name not in self.adapters:
+                hint = nearest(name, self.adapters)
+                raise RecipeError(f"there is no adapter {name!r}{hint}", f"adapters: {listed(self.adapters)}")
+        if (carried := self._opened.model.adapters) is not None:
+            carried.switch(wanted, averaged=isinstance(adapters, Mapping))
+        return self
+
+    def detach(self, name: str = "default") -> Model:
+        """Take an adapter away. Raises RecipeError where there is none of this name."""
+        if name not in self.adapters:
+            raise RecipeError(f"there is no adapter {name!r}", f"adapters: {listed(self.adapters) or 'none'}")
+        deltas.detach(self.hf, name)
+        if name == "default":
+            self._opened.settings, self._made = FullSettings(), None
+        return self
+
+    def score(self, answers: Sequence[tuple[Prompt, str]], adapters: Sequence[str | None] | None = None) -> list[float]:
+        """Log-probability of each answer to its prompt, its stop token included.
+
+        ``adapters`` names one for each, or None for the base: all are scored in the same passes, each under its own.
+        """
+        template = chat_template(self.tokenizer)
+        named = list(adapters) if adapters is not None else []
+        if adapters is not None and len(named) != len(answers):
+            raise RecipeError(f"{len(answers)} answers and {len(named)} adapters", "name one for each, or None")
+        for name in named:
+            if name is not None and name not in self.adapters:
+                raise RecipeError(f"there is no adapter {name!r}", f"adapters: {listed(self.adapters) or 'none'}")
+        rows = [template.encode([*messages_of(p), {"role": "assistant", "content": a}], "last") for p, a in answers]
+        return scored(self._opened.model, [Example(tuple(row)) for row in rows], named)
+
+    # --- to train, to ask, to keep
 
     def train(
         self, rows: Rows, stage: str = "sft", *, eval_rows: Rows | None = None, judge: Judge | None = None,
@@ -162,6 +225,8 @@ class Model:
                 raise RecipeError(
                     f"{key}: a model in memory has no checkpoints", "use trivium.run for a run in a folder"
                 )
+        if others := [name for name in self.adapters if name != "default"]:
+            raise RecipeError(f"the model has other adapters ({', '.join(others)})", "detach them, or load it anew")
         in_files = isinstance(rows, (str, Path))
         given: dict[str, Any] = {"data": str(rows) if in_files else "rows"}
         if eval_rows is not None:
@@ -171,7 +236,7 @@ class Model:
         full = self._stage(stage, {**given, **settings})
         memory = None
         if not in_files:
-            memory = InMemory(_listed(rows), None if eval_rows is None else _listed(eval_rows, "eval_rows"))
+            memory = InMemory(listed_rows(rows), None if eval_rows is None else listed_rows(eval_rows, "eval_rows"))
         data = {"sha256": sha256_json([memory.rows.rows, eval_rows])} if memory else data_hashes(full)
         report = run_stage(StageRun(full, self._opened, data=memory, judge=judge))
         identity = stage_identity(self._link, data, full)
@@ -183,7 +248,7 @@ class Model:
 
     def _stage(self, kind: str, values: dict[str, Any]) -> Stage:
         """The stage with every setting filled in. Raises RecipeError."""
-        recipe = _one_stage(kind, values)
+        recipe = one_stage(kind, values)
         stage, model = recipe.stages[0], self._opened.model
         other = stage.method is not None and not deltas.continues(self.hf, settings_of(stage.method))
         if other and deltas.deltas(self.hf):
@@ -213,9 +278,7 @@ class Model:
         talker = Talker.of(self._opened.model)
         prompts: list[Any] = [prompt] if one else list(prompt)
         ids = [
-            talker.raw_prompt(p) if raw and isinstance(p, str) else
-            talker.prompt([{"role": "user", "content": p}] if isinstance(p, str) else [dict(m) for m in p])
-            for p in prompts
+            talker.raw_prompt(p) if raw and isinstance(p, str) else talker.prompt(messages_of(p)) for p in prompts
         ]  # fmt: skip
         found: list[Any] = talker.answers_to(ids, max_new_tokens, temperature, seed, samples)
         if samples > 1:
@@ -228,7 +291,7 @@ class Model:
         if full.loss != "next_token":
             raise RecipeError(f"evaluate: {stage} rows are compared with a parent", "use pretrain or sft")
         model = self._opened.model
-        given = InMemory(_listed(rows)) if not isinstance(rows, (str, Path)) else None
+        given = InMemory(listed_rows(rows)) if not isinstance(rows, (str, Path)) else None
         if given is None:
             full = full.model_copy(update={"data": [DataSource(path=str(rows), weight=None, fields=None)]})
         data, _ = stage_examples(full, model, chat_template(self.tokenizer), given)
@@ -254,6 +317,8 @@ class Model:
         final = Path(folder).expanduser().absolute()
         if final.exists() and not (final.is_dir() and (record_of(final) or not any(final.iterdir()))):
             raise DiskError(f"{final}: in the way, and not a folder of trivium", "choose another folder")
+        if others := [name for name in self.adapters if name != "default"]:
+            raise RecipeError(f"the model has other adapters ({', '.join(others)})", "detach them before saving")
         model, hung = self._opened.model, deltas.deltas(self.hf)
         if hung and self._base is None:
             self._base = str(written_base(model, final.with_name(f"{final.name}-base")))
@@ -273,22 +338,3 @@ class Model:
             return stage_record(**{**self._made, "report": report}, final=final, base=base)
         return {"trivium": 1, "identity": self._link.identity, "lineage": self._link.lineage, "base": base,
                 "settings": {"method": self.method}}  # fmt: skip
-
-
-def _one_stage(kind: str, values: dict[str, Any]) -> Recipe:
-    """A recipe of one stage, so that everything is checked as in a run. Raises RecipeError."""
-    try:
-        return recipe_of({"name": "notebook", "model": "given", "stages": [{"name": kind, "stage": kind, **values}]},
-                         Path("train"))  # fmt: skip
-    except RecipeError as error:
-        raise RecipeError(error.what.replace(f"stages.{kind}.", ""), error.remedy) from None
-
-
-def _listed(rows: Any, name: str = "rows") -> Listed:
-    if isinstance(rows, Mapping) or not isinstance(rows, Sequence):
-        raise ModelError(f"{name}: a {type(rows).__name__} is no list of rows", f"give {name} as a list of mappings")
-    return Listed([dict(row) if isinstance(row, Mapping) else row for row in rows], name)
-
-
-def _source(rows: Rows) -> Source:
-    return local(str(rows)) if isinstance(rows, (str, Path)) else _listed(rows)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
-from trivium.errors import DataError, RecipeError
+from trivium.errors import DataError, ModelError, RecipeError
 from trivium.recipe import Recipe, Stage
 
 
@@ -41,6 +42,15 @@ def check_sizes(recipe: Recipe) -> None:
 
         with quiet():
             new.check_sizes({k: v for k, v in recipe.model.items() if k != "tokenizer"})
+
+
+def check_extras(stages: list[Stage]) -> None:
+    """What an optional package is needed for has it; raises ModelError."""
+    from trivium.peft.kinds import quantization
+    from trivium.peft.settings import settings_of
+
+    if any(quantization(settings_of(stage.method)) for stage in stages) and find_spec("bitsandbytes") is None:
+        raise ModelError("a quantised base needs bitsandbytes", 'pip install "trivium[qlora]"')
 
 
 def check_fit(model: Any, recipe: Recipe, stages: list[Stage]) -> None:

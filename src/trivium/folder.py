@@ -17,10 +17,11 @@ from trivium.errors import ModelError
 from trivium.files import read_json, sha256_file, sha256_json, write_by, write_json
 from trivium.model.language_model import LanguageModel
 from trivium.model.load import load_base, offline_where_unreachable, quiet
-from trivium.peft.kinds import FullSettings, Settings
+from trivium.peft.kinds import FullSettings, Settings, quantization
 
 if TYPE_CHECKING:
     from trivium.data.chat import ChatTemplate
+    from trivium.peft.base import Attached
 
 RECORD = "trivium.json"
 
@@ -96,6 +97,15 @@ def quantize_layers(model: LanguageModel, how: str) -> None:
     from trivium.peft.targets import find_targets
 
     quantize(model.hf, find_targets(model.hf, ALL_LINEAR), how)
+
+
+def attach(model: LanguageModel, settings: Settings, seed: int) -> Attached:
+    """Hold the base as the settings ask, and hang a new adapter in it. Raises RecipeError, ModelError."""
+    from trivium.peft import base
+
+    if (how := quantization(settings)) is not None:
+        quantize_layers(model, how)
+    return base.attach(model.hf, settings, seed)
 
 
 def method_of(folder: Path) -> dict[str, Any] | None:

@@ -1,6 +1,6 @@
 """What a model is made of, and what each method would train in it: ``trivium inspect MODEL --modules``.
 
-Built on the ``meta`` device from the config alone: no weight is read, so that a model of any size takes the same second.
+Built on the ``meta`` device from the config alone: no weight is read, and a model of any size takes the same second.
 Layers that are alike are shown once.
 """
 
@@ -30,20 +30,16 @@ def modules_of(source: str) -> dict[str, Any]:
     """
     model = shape_of(source)
     plans: dict[str, dict[str, Delta]] = {}
-    methods: list[dict[str, Any]] = [
-        {"letter": "", "name": "full", "trained": sum(p.numel() for p in model.parameters())}
-    ]
-    total = methods[0]["trained"]
+    total = sum(p.numel() for p in model.parameters())
+    methods: list[dict[str, Any]] = [{"letter": "", "name": "full", "trained": total}]
     for letter, name in SHOWN.items():
         told: dict[str, Any] = {"letter": letter, "name": name}
         try:
             plan = plan_for(model, settings_of(method_of_preset(name)))
             assert plan is not None
             plans[letter] = plan.deltas
-            told |= {
-                "trained": sum(t.numel() for t in small_weights(plan.deltas).values()),
-                "modules": len(plan.deltas),
-            }
+            trained = sum(tensor.numel() for tensor in small_weights(plan.deltas).values())
+            told |= {"trained": trained, "modules": len(plan.deltas)}
         except UserError as error:
             told["refused"] = error.what
         methods.append(told)
@@ -73,13 +69,14 @@ def shown(found: dict[str, Any]) -> str:
             rows.append([prefix, "", ""])
         rows += [[indent + name, _shape(one["shapes"]), " ".join(one["methods"])] for name, one in group]
     methods = [["", "method", "trained", "share", "modules"]]
-    for one in found["methods"]:
-        trained = (
-            [f"{one['trained']:,}", f"{one['trained'] / found['parameters']:.3%}"] if "trained" in one else ["", ""]
-        )
-        methods.append([one["letter"], one["name"], *trained, one.get("refused") or str(one.get("modules", ""))])
-    note = "(at their default settings; qlora, rslora, pissa, olora and loraplus train what lora does)"
-    return "\n".join([head, "", aligned(rows, left=3), "", aligned(methods, left=2), note])
+    methods += [
+        [one["letter"], one["name"], f"{one['trained']:,}", f"{100 * one['trained'] / found['parameters']:.3g}%",
+         str(one.get("modules", "all"))]
+        for one in found["methods"] if "trained" in one
+    ]  # fmt: skip
+    notes = [f"not {one['name']}: {one['refused']}" for one in found["methods"] if "refused" in one]
+    notes += ["at their default settings; qlora, rslora, pissa, olora and loraplus train what lora does"]
+    return "\n".join([head, "", aligned(rows, left=3), "", aligned(methods, left=2), "", *notes])
 
 
 def _groups(found: dict[str, Any]) -> list[tuple[str, list[tuple[str, dict[str, Any]]]]]:

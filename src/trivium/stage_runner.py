@@ -16,14 +16,14 @@ import torch
 from trivium.data.chat import ChatTemplate
 from trivium.data.templates import chat_template
 from trivium.files import folder_bytes, write_by, write_text
-from trivium.folder import quantize_layers, round_to, save
+from trivium.folder import attach, round_to, save
 from trivium.forest import Forest
 from trivium.model.language_model import LanguageModel
 from trivium.model.proof import prove
 from trivium.model.quantized import quantized
 from trivium.objectives import objective
 from trivium.peft import base as deltas
-from trivium.peft.kinds import FullSettings, Settings, quantization, virtual_tokens
+from trivium.peft.kinds import FullSettings, Settings, virtual_tokens
 from trivium.peft.settings import method_name, settings_of
 from trivium.peft.targets import decoder_layers
 from trivium.stage_data import packed, run_order, stage_examples
@@ -122,9 +122,7 @@ def _attach(run: StageRun) -> tuple[Settings, dict[str, torch.Tensor] | None]:
         attached = deltas.describe(model.hf, settings, [])
     else:
         parent = None
-        if (how := quantization(settings)) is not None:
-            quantize_layers(model, how)
-        attached = deltas.attach(model.hf, settings, seed=int(stage.seed or 0))
+        attached = attach(model, settings, seed=int(stage.seed or 0))
     opened.settings = settings
     for note in [*opened.notes, *attached.notes]:
         say(f"  note: {note}")

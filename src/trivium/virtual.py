@@ -11,7 +11,7 @@ Shapes:  T tokens on the line,  P virtual tokens,  D width,  G key/value heads, 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
@@ -46,6 +46,9 @@ class Span(NamedTuple):
 
 class Adapters(Protocol):
     """What a model carries. ``by_span`` and ``only`` hold for the length of a block."""
+
+    def switch(self, active: Mapping[str, float], averaged: bool = False) -> None:
+        """From now on these act, in this order; ``averaged``: their changes are weighted and added."""
 
     def virtual(self, model: nn.Module, adapter: str | None) -> Virtual | None:
         """The virtual tokens of one adapter."""
