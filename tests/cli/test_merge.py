@@ -24,28 +24,28 @@ IDS = torch.arange(5, 45)[None]
 
 
 def test_a_merged_model_stands_alone(trivium, walk, tmp_path):
-    done = trivium("merge", walk.out / "chat", "--out", tmp_path / "merged")
+    done = trivium("merge", walk.folder / "chat", "--out", tmp_path / "merged")
     assert done.code == 0, done.err
     assert "merged = adapter on" in done.err
     assert "100.0% the same next token (float32)" in done.err
     found = logits(tmp_path / "merged", IDS)
-    torch.testing.assert_close(found, logits(walk.out / "chat", IDS), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found, logits(walk.folder / "chat", IDS), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(AutoModelForCausalLM.from_pretrained(tmp_path / "merged")(IDS).logits, found)
     record = json.loads((tmp_path / "merged" / "trivium.json").read_text())
     assert [link["stage"] for link in record["lineage"]] == ["random weights", "pretrain", "sft", "merge"]
     assert record["merge"]["logits"] <= 1e-4
-    assert merge_difference(str(walk.out / "chat")) == record["merge"]["logits"]
+    assert merge_difference(str(walk.folder / "chat")) == record["merge"]["logits"]
     assert "merge" in trivium("inspect", tmp_path / "merged").out
 
 
 def test_what_cannot_be_merged_is_told_with_what_to_do_instead(trivium, walk, tmp_path):
-    done = trivium("merge", walk.out / "tutor", "--out", tmp_path / "merged")
+    done = trivium("merge", walk.folder / "tutor", "--out", tmp_path / "merged")
     assert done.code == 2
     assert "non-linear and cannot be merged" in done.error
     assert "Keep the adapter folder beside its base" in done.error
     assert not (tmp_path / "merged").exists()
-    assert merge_difference(str(walk.out / "tutor")) is None
-    assert merge_difference(str(walk.out / "base")) is None
+    assert merge_difference(str(walk.folder / "tutor")) is None
+    assert merge_difference(str(walk.folder / "base")) is None
 
 
 def test_a_merged_model_that_is_another_one_is_refused(trivium, walk, tmp_path, monkeypatch):
@@ -61,19 +61,19 @@ def test_a_merged_model_that_is_another_one_is_refused(trivium, walk, tmp_path, 
 
 def strong(walk, path):
     """The chat adapter with an update that shows."""
-    shutil.copytree(walk.out / "chat", path / "chat")
-    shutil.copytree(walk.out / "base", path / "base")
+    shutil.copytree(walk.folder / "chat", path / "chat")
+    shutil.copytree(walk.folder / "base", path / "base")
     weights = path / "chat" / adapters.WEIGHTS
     save_file({k: 3 * v for k, v in load_file(weights).items()}, weights)
     return path / "chat"
 
 
 def test_a_base_in_bfloat16_stays_in_it(trivium, walk, tmp_path):
-    base = AutoModelForCausalLM.from_pretrained(walk.out / "base", dtype=torch.bfloat16)
+    base = AutoModelForCausalLM.from_pretrained(walk.folder / "base", dtype=torch.bfloat16)
     base.save_pretrained(tmp_path / "half")
     for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(walk.out / "base" / name, tmp_path / "half")
-    shutil.copytree(walk.out / "chat", tmp_path / "chat")
+        shutil.copy(walk.folder / "base" / name, tmp_path / "half")
+    shutil.copytree(walk.folder / "chat", tmp_path / "chat")
     (tmp_path / "chat" / "trivium.json").unlink()
     config = json.loads((tmp_path / "chat" / adapters.CONFIG).read_text())
     (tmp_path / "chat" / adapters.CONFIG).write_text(
@@ -87,7 +87,7 @@ def test_a_base_in_bfloat16_stays_in_it(trivium, walk, tmp_path):
 
 def test_several_loras_become_one(trivium, walk, tmp_path):
     """``aligned`` goes on from ``chat``: two LoRAs on one base."""
-    two = (walk.out / "chat", walk.out / "aligned")
+    two = (walk.folder / "chat", walk.folder / "aligned")
     for number, more in enumerate(
         (["--weights", "0.5,0.5"], ["--how", "svd", "--rank", "2"], ["--how", "ties", "--density", "0.5"],
          ["--how", "dare", "--density", "0.5", "--seed", "1"], ["--how", "linear", "--weights", "1,-0.5"])
@@ -97,7 +97,7 @@ def test_several_loras_become_one(trivium, walk, tmp_path):
         assert (tmp_path / str(number) / "model.safetensors").is_file()
     done = trivium("merge", *two, "--out", tmp_path / "one", "--adapter", "--weights", "0.25,0.75")
     assert done.code == 0, done.err
-    model = package.load(walk.out / "base")
+    model = package.load(walk.folder / "base")
     for folder, name in zip(two, "ab", strict=True):
         model.load_adapter(folder, name)
     with torch.no_grad():
@@ -120,7 +120,7 @@ def test_several_loras_become_one(trivium, walk, tmp_path):
     ],
 )
 def test_mistakes(trivium, walk, tmp_path, arguments, code, said):
-    paths = {name: str(walk.out / name) for name in ("chat", "base", "tutor", "aligned", "again")}
+    paths = {name: str(walk.folder / name) for name in ("chat", "base", "tutor", "aligned", "again")}
     done = trivium("merge", *[a.format(**paths) for a in arguments], "--out", tmp_path / "out")
     assert (done.code, said in done.error) == (code, True), done.error
     assert len(done.error.strip().splitlines()) <= 3
@@ -129,7 +129,7 @@ def test_mistakes(trivium, walk, tmp_path, arguments, code, said):
 
 def test_what_is_there_is_never_overwritten(trivium, walk, tmp_path):
     (tmp_path / "mine").write_text("x")
-    assert trivium("merge", walk.out / "chat", "--out", tmp_path).code == 3
+    assert trivium("merge", walk.folder / "chat", "--out", tmp_path).code == 3
     assert (tmp_path / "mine").read_text() == "x"
 
 
@@ -151,7 +151,7 @@ def test_modules_of_a_shape_that_fits_no_memory(trivium, tmp_path):
 
 
 def test_modules_of_a_real_folder_and_of_none(trivium, walk):
-    done = trivium("inspect", walk.out / "base", "--modules")
+    done = trivium("inspect", walk.folder / "base", "--modules")
     assert "model.layers.0–1 (2 times)" in done.out or "model.layers.0" in done.out
     assert "down_proj" in done.out
-    assert trivium("inspect", walk.out / "nowhere", "--modules").code == 2
+    assert trivium("inspect", walk.folder / "nowhere", "--modules").code == 2
