@@ -7,6 +7,7 @@ import torch
 
 from trivium.peft import BottleneckSettings, LoRASettings
 from trivium.peft.base import attach, deltas
+from trivium.peft.settings import settings_of
 
 GPT3 = {
     "hidden_size": 12288,
@@ -82,3 +83,31 @@ def test_formulas(tiny, kind):
         adapters = attach(tiny(kind), settings, seed=0)
         assert adapters.trained_parameters == 2 * per_layer * (2 * 64 * 5 + 5 + 64)
         assert len(adapters.targets) == 2 * per_layer
+
+
+def test_the_top_two_blocks_of_gpt2_medium(on_meta):
+    attached = attach(on_meta("gpt2", **GPT2["medium"]), settings_of("top_layers"), seed=0)
+    assert attached.trained_parameters == 25_192_448
+    assert {name.split(".")[2] for name in attached.targets} == {"22", "23"}
+
+
+@pytest.mark.parametrize(
+    ("method", "count"),
+    [
+        ({"name": "pfeiffer", "reduction_factor": 16}, 894_528),  # AdapterHub's published counts, 12 layers of 768
+        ({"name": "houlsby", "reduction_factor": 16}, 1_789_056),
+        ({"name": "houlsby", "reduction_factor": 16, "skip_layers": 5}, 1_789_056 * 7 // 12),
+        ({"name": "parallel", "reduction_factor": 2}, 12 * (2 * 768 * 384 + 384 + 768)),
+        ({"name": "compacter", "reduction_factor": 32}, 24 * (2 * (768 + 24) + 24 + 768) + 4**3),
+        ({"name": "ia3"}, 12 * (3 * 768 + 4 * 768)),  # keys, values and queries are one matrix here
+        ({"name": "vera", "r": 256}, 12 * (4 * 256 + (3 + 1 + 4 + 1) * 768)),
+        ({"name": "prompt"}, 20 * 768),
+        ({"name": "prefix"}, 20 * 2 * 12 * 768),
+        ({"name": "bitfit"}, 12 * (3 + 1 + 4 + 1 + 2) * 768),
+        ({"name": "layer_norms"}, (2 * 12 + 1) * 2 * 768),
+        ({"name": "dora", "r": 8}, 12 * (8 * (4 + 2 + 5 + 5) * 768 + (3 + 1 + 4 + 1) * 768)),
+        ({"name": "pissa", "r": 8}, 12 * 8 * (4 + 2 + 5 + 5) * 768),
+    ],
+)
+def test_every_method_on_gpt2(on_meta, method, count):
+    assert attach(on_meta("gpt2"), settings_of(method), seed=0).trained_parameters == count
