@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from trivium.errors import UserError
 
 if TYPE_CHECKING:
-    from trivium.api import Model, load, new, run
+    from trivium.api import Model, compare, load, new, run
 
-__all__ = ["Model", "UserError", "load", "new", "run"]
+__all__ = ["Model", "UserError", "compare", "load", "new", "run"]
 
 __version__ = "0.1.0"
 

@@ -19,6 +19,7 @@ from typing import Any
 from trivium.api_rows import Prompt, Rows, listed_rows, messages_of, one_stage, source_of
 from trivium.chain import place_of_base, run_recipe, written_base
 from trivium.checks import check_fit
+from trivium.comparing.call import compare as compare
 from trivium.data.templates import chat_template
 from trivium.errors import DiskError, ModelError, RecipeError, listed, nearest
 from trivium.evaluate.held_out import evaluate

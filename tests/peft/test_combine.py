@@ -9,7 +9,7 @@ import torch
 
 import peft
 from trivium.errors import RecipeError
-from trivium.peft.combine import Factors, combine
+from trivium.peft.combine import HOW, SPARSE, Factors, combine
 
 TARGETS = ["q_proj", "down_proj"]
 
@@ -44,11 +44,16 @@ def three(tiny):
         ("svd", "svd", {"rank": 2}),
         ("ties", "ties_svd", {"density": 0.3}),
         ("ties", "ties_svd", {"density": 0.5, "rank": 9}),
+        ("dare", "dare_linear_svd", {"density": 0.4}),
+        ("dare_ties", "dare_ties_svd", {"density": 0.4, "rank": 9}),
     ],
 )
-def test_as_peft(three, how, theirs, more):
+@pytest.mark.parametrize("weights", [[0.7, 0.5, 1.2], [0.7, -0.5, 1.2]])
+def test_as_peft(three, monkeypatch, how, theirs, more, weights):
     model, loras = three
-    weights = [0.7, 0.5, 1.2]
+    generator = torch.Generator().manual_seed(0)
+    # PEFT draws from the global generator: it gets the numbers that we draw
+    monkeypatch.setattr(torch, "bernoulli", lambda p: (torch.rand(p.shape, generator=generator) < p).to(p))
     options = {"svd_rank": more["rank"]} if "rank" in more else {}
     options |= {"density": more["density"]} if "density" in more else {}
     model.add_weighted_adapter(list("abc"), weights, "new", combination_type=theirs, **options)
@@ -108,27 +113,50 @@ def test_a_module_that_only_some_adapt():
     torch.testing.assert_close(found["other"].update(), torch.full((2, 3), 10.0))
 
 
+@pytest.mark.parametrize("how", HOW)
+def test_what_a_lora_does_not_adapt_counts_as_zero(how):
+    more = {"density": 0.5} if how in SPARSE else {}
+    rows = [3.0, -1.0, 0.5], [0.25, 4.0, -2.0], [1.0, 5.0, 6.0]
+    absent = combine([one(*rows), {}], [0.5, 2.0], how, **more)
+    nothing = {"m": Factors(torch.zeros(3, 3), torch.zeros(3, 3))}
+    zero = combine([one(*rows), nothing], [0.5, 2.0], how, **more)
+    torch.testing.assert_close(absent["m"].update(), zero["m"].update())
+
+
 def test_a_negative_weight_takes_away():
     a = one([2.0, 4.0])
     torch.testing.assert_close(combine([a], [-1.0], "linear")["m"].update(), torch.tensor([[-2.0, -4.0]]))
+    turned = {"m": Factors(a["m"].A, a["m"].B, scale=-1.0)}
+    torch.testing.assert_close(combine([turned], [-1.0], "linear")["m"].update(), torch.tensor([[2.0, 4.0]]))
 
 
-THIN = {"m": Factors(torch.ones(1, 2), torch.ones(1, 1))}
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("how", HOW)
+def test_results_are_float32(how, dtype):
+    lora = {"m": Factors(torch.eye(2, dtype=dtype), torch.ones(3, 2, dtype=dtype))}
+    found = combine([lora, lora], [1, 2], how, density=0.5 if how in SPARSE else None)["m"]
+    assert found.A.dtype == found.B.dtype == torch.float32
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         (([], []), "no LoRA"),
+        (([{}, {}], [1.0, 1.0]), "no LoRA"),
         (([one([1.0])], [1.0, 2.0]), "weights [1.0, 2.0] for 1 LoRAs"),
         (([one([1.0])], [float("nan")]), "weights [nan]"),
+        (([one([1.0])], [float("inf")]), "weights [inf]"),
         (([one([1.0])], [1.0], "tis"), "did you mean 'ties'"),
         (([one([1.0])], [1.0], "ties"), "ties with density None"),
         (([one([1.0])], [1.0], "ties", None, 0.0), "density 0.0"),
+        (([one([1.0])], [1.0], "dare", None, 1.5), "density 1.5"),
+        (([one([1.0])], [1.0], "dare_ties", None, float("nan")), "density nan"),
         (([one([1.0])], [1.0], "svd", None, 0.5), "svd with density 0.5"),
         (([one([1.0])], [1.0], "cat", 3), "cat with rank 3"),
         (([one([1.0])], [1.0], "svd", 0), "svd with rank 0"),
+        (([one([1.0])], [1.0], "linear", 3), "linear with rank 3"),
         (([one([1.0]), one([1.0, 2.0])], [1.0, 1.0]), "m is (1, 1) and (1, 2)"),
+        (([{"m": Factors(torch.ones(3, 2), torch.ones(4, 2))}], [1.0]), "m: A (3, 2) and B (4, 2) are no factors"),
         (
             ([one([1.0, 0.0]), {"m": Factors(torch.ones(1, 2), torch.ones(1, 1))}], [1, 1], "linear"),
             "ranks of m differ",

@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from trivium.cli import data, merge, run, talk
+from trivium.cli import compare, data, merge, run, talk
 from trivium.errors import DiskError, Interrupted, UserError
 from trivium.files import NO_ROOM
 from trivium.interrupt import Stopped, asked, ignore, stop_at_once
@@ -22,6 +22,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 run.add_to(app)
+compare.add_to(app)
 data.add_to(app)
 talk.add_to(app)
 merge.add_to(app)
@@ -42,7 +43,8 @@ def main() -> None:
     except BaseException as error:
         # a library that was being imported may have made an error of its own of the interruption
         if asked() or isinstance(error, (Stopped, KeyboardInterrupt)):
-            kept = "; finished stages and checkpoints are kept" if sys.argv[1:2] in (["run"], ["demo"]) else ""
+            saving = sys.argv[1:2] in (["run"], ["demo"], ["compare"])
+            kept = "; finished stages and checkpoints are kept" if saving else ""
             _stop(Interrupted(f"interrupted{kept}", "run the same command again to go on"))
         if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
             _close_output()

@@ -4,8 +4,8 @@
     linear     factors added under the roots of their weights (PEFT's "linear"): the products of one's B with another's
                A come in as well; for LoRAs that share a start
     svd        the best approximation of the weighted sum of a given rank (Eckart and Young 1936)
-    ties       trim, elect a sign, average those that agree (Yadav et al. 2023, "TIES-Merging", section 3)
-    dare       drop at random and rescale, then add (Yu et al. 2024, "Language Models are Super Mario", equation 1)
+    ties       trim, elect a sign, average those that agree (Yadav et al. 2023, "TIES-Merging", section 4)
+    dare       drop at random and rescale, then add (Yu et al. 2024, "Language Models are Super Mario")
     dare_ties  drop at random and rescale, then elect and average
 
 The papers of the last three trim and drop entries of *updates*, so they are done on B A and not on B and A, and the
@@ -61,9 +61,7 @@ def combine(
     for target in dict.fromkeys(name for lora in loras for name in lora):
         pairs = [(lora[target], w) for lora, w in zip(loras, weights, strict=True) if target in lora]
         parts, own = [part for part, _ in pairs], [w for _, w in pairs]
-        shapes = {(len(part.B), part.A.shape[1]) for part in parts}
-        if len(shapes) > 1:
-            raise RecipeError(f"{target} is {' and '.join(map(str, sorted(shapes)))}", "combine adapters of one base")
+        _check_shapes(target, parts)
         r = rank or max(len(part.A) for lora in loras for part in lora.values())
         if how == "cat":
             made[target] = _cat(parts, own)
@@ -79,7 +77,7 @@ def combine(
 def _check(
     loras: Sequence[Mapping[str, Factors]], weights: Sequence[float], how: str, rank: int | None, density: float | None
 ) -> None:
-    if not loras:
+    if not any(loras):
         raise RecipeError("there is no LoRA to combine", "give at least one")
     if how not in HOW:
         raise RecipeError(f"how: there is no {how!r}{nearest(how, HOW)}", f"it is one of {listed(HOW)}")
@@ -92,19 +90,32 @@ def _check(
         raise RecipeError(f"{how} with rank {rank}", "rank is 1 or more, for svd, ties and dare; else leave it out")
 
 
+def _check_shapes(target: str, parts: list[Factors]) -> None:
+    for part in parts:
+        a, b = tuple(part.A.shape), tuple(part.B.shape)
+        if len(a) != 2 or len(b) != 2 or a[0] != b[1]:
+            raise RecipeError(f"{target}: A {a} and B {b} are no factors", "A is (r, in) and B is (out, r)")
+    shapes = {(len(part.B), part.A.shape[1]) for part in parts}
+    if len(shapes) > 1:
+        raise RecipeError(f"{target} is {' and '.join(map(str, sorted(shapes)))}", "combine adapters of one base")
+
+
 def _cat(parts: list[Factors], weights: list[float]) -> Factors:
+    """The sum of ``w * scale * B @ A`` itself, as one product of factors side by side."""
     a = torch.cat([part.A.float() for part in parts])
     return Factors(a, torch.cat([w * part.scale * part.B.float() for part, w in zip(parts, weights, strict=True)], 1))
 
 
 def _linear(parts: list[Factors], weights: list[float], target: str) -> Factors:
+    """``sum(root * B) @ sum(root * A)``, the roots those of ``w * scale``; PEFT's "linear"."""
     if len({len(part.A) for part in parts}) > 1:
         ranks = ", ".join(str(len(part.A)) for part in parts)
         raise RecipeError(f"linear: the ranks of {target} differ ({ranks})", "use svd or cat, which take any ranks")
-    roots = [math.copysign(abs(w * part.scale) ** 0.5, w) for part, w in zip(parts, weights, strict=True)]
-    # a negative weight stands on one side only, or it would cancel
-    a = torch.stack([abs(root) * part.A.float() for part, root in zip(parts, roots, strict=True)]).sum(0)
-    return Factors(a, torch.stack([root * part.B.float() for part, root in zip(parts, roots, strict=True)]).sum(0))
+    factors = [w * part.scale for part, w in zip(parts, weights, strict=True)]
+    roots = [math.copysign(abs(factor) ** 0.5, factor) for factor in factors]
+    # a minus stands on one side only, or it would cancel; on A as in PEFT: it decides the signs of the cross terms
+    a = torch.stack([root * part.A.float() for part, root in zip(parts, roots, strict=True)]).sum(0)
+    return Factors(a, torch.stack([abs(root) * part.B.float() for part, root in zip(parts, roots, strict=True)]).sum(0))
 
 
 def _best_of(whole: Factors, r: int) -> Factors:

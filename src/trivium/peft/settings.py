@@ -103,8 +103,13 @@ def method_of_preset(name: str) -> dict[str, Any]:
 
 
 def rate_of(method: Mapping[str, Any]) -> float:
-    """How many times full fine-tuning's learning rate suits a recipe's ``method``."""
-    return RATES.get(str(method.get("init_lora_weights")), METHODS[method["name"]].rate)
+    """How many times full fine-tuning's learning rate suits a recipe's ``method``.
+
+    Where B has a rate of its own (LoRA+), the geometric mean of both is LoRA's.
+    """
+    rate = RATES.get(str(method.get("init_lora_weights")), METHODS[method["name"]].rate)
+    ratio: float = method.get("loraplus_lr_ratio") or 1.0
+    return rate / ratio**0.5
 
 
 def settings_of(method: Mapping[str, Any] | None) -> Settings:
