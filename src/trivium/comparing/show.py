@@ -135,7 +135,7 @@ def notes(found: Json) -> list[str]:
     else:
         told.append("forgetting was not measured: the recipe names no eval_text and has no pretraining stage")
     if any("merge_difference" in way["mean"] for way in found["ways"]):
-        told.append("merged: how far a logit moves at most once the adapter is folded into its base; -: it cannot be")
+        told.append("merged: how far a logit moves once the adapter is folded into its base (-: it is not)")
     if len(found["seeds"]) > 1:
         told.append(f"±: the standard deviation over {len(found['seeds'])} seeds")
     failed = [way for way in found["ways"] if way["runs"] and "error" in way]
