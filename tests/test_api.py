@@ -42,11 +42,64 @@ def same(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
+# --- several adapters on one base
+
+
+def test_several_adapters_share_a_base(saved, tmp_path) -> None:
+    folders = {}
+    for name, method in (("anna", "lora"), ("ben", "houlsby"), ("cleo", "prefix")):
+        model = trivium.load(saved).attach(method, seed=3)
+        for parameter in model.hf.parameters():
+            if parameter.requires_grad:
+                parameter.data += 0.3 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(7))
+        folders[name] = model.save(tmp_path / name)
+    model = trivium.load(saved)
+    assert model.adapters == []
+    for name, path in folders.items():
+        model.load_adapter(path, name)
+    assert model.adapters == list(folders)
+    answers = [(ASKED, "Mia found a ball."), ([{"role": "user", "content": ASKED}], "Mia found a ball."), ("Hi", "No.")]
+    base = trivium.load(saved).score(answers)
+    assert model.use(None).score(answers) == pytest.approx(base, abs=1e-3)
+    alone = {name: trivium.load(path).score(answers) for name, path in folders.items()}
+    for name, expected in alone.items():
+        assert model.use(name).score(answers) == pytest.approx(expected, abs=1e-3)
+        assert model.generate(ASKED, 5) == trivium.load(folders[name]).generate(ASKED, 5)
+    mixed = model.score(answers, adapters=["anna", "cleo", None])
+    assert mixed == pytest.approx([alone["anna"][0], alone["cleo"][1], base[2]], abs=1e-3)
+    stacked, averaged = (model.use(how).score(answers) for how in (["anna", "ben"], {"anna": 0.5, "ben": 0.5}))
+    assert len({round(found[0], 3) for found in (base, stacked, averaged, *alone.values())}) == 6
+    assert model.detach("ben").adapters == ["anna", "cleo"]
+    for act, said in (
+        (lambda: model.use("bem"), "there is no adapter 'bem'"),
+        (lambda: model.load_adapter(folders["ben"], "anna"), "there is an adapter 'anna' already"),
+        (lambda: model.score(answers, adapters=["anna"]), "3 answers and 1 adapters"),
+        (lambda: model.score(answers, adapters=["anna", "x", None]), "there is no adapter 'x'"),
+        (lambda: model.detach("ben"), "there is no adapter 'ben'"),
+        (lambda: model.train(REQUESTS, "sft", **SHORT), "other adapters"),
+        (lambda: model.save(tmp_path / "no"), "other adapters"),
+    ):
+        with pytest.raises(trivium.UserError, match=said):
+            act()
+
+
+def test_a_quantised_base_in_a_notebook(saved, tmp_path) -> None:
+    model = trivium.load(saved).attach("qlora", r=2)
+    model.train(REQUESTS, "sft", **SHORT)
+    answers = [(ASKED, "Mia found a ball.")]
+    path = model.save(tmp_path / "q")
+    again = trivium.load(path)
+    assert again.score(answers) == pytest.approx(model.score(answers), abs=1e-4)
+    assert again.method["quantize"] == "nf4"
+    with pytest.raises(trivium.UserError, match="trained on a base held in nf4"):
+        trivium.load(saved).load_adapter(path, "q")
+
+
 # --- what is exported
 
 
 def test_every_exported_name_is_there_typed_and_documented() -> None:
-    assert trivium.__all__ == ["Model", "UserError", "load", "new", "run"]
+    assert trivium.__all__ == ["Model", "UserError", "compare", "load", "new", "run"]
     for name in trivium.__all__:
         assert getattr(trivium, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'lod'"):

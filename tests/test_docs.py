@@ -114,9 +114,13 @@ def test_the_readmes_python_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     )
     sizes = {k: v for k, v in TINY.items() if k not in ("architecture", "vocab_size")}
     trivium.new(rows=[{"text": "Once upon a time."}], vocab_size=400, **sizes).save(folder / "small")
-    (block,) = blocks("README.md", "python")
-    block = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "small").replace("max_steps=30", "max_steps=1")
-    exec(block, {"rows": rows, "pairs": pairs})
+    for name, method in (("anna", "lora"), ("ben", "houlsby")):
+        trivium.load(folder / "small").attach(method).save(folder / "runs" / name / "chat")
+    found = blocks("README.md", "python")
+    assert len(found) == 2
+    for block in found:
+        block = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "small").replace("max_steps=30", "max_steps=1")
+        exec(block, {"rows": rows, "pairs": pairs})
     assert (folder / "my-adapter" / "adapter_model.safetensors").is_file()
 
 

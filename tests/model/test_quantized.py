@@ -90,6 +90,7 @@ def test_packed_and_unpacked(linear):
     model = nn.ModuleDict({"a": copy.deepcopy(linear), "b": copy.deepcopy(linear)})
     quantize(model, ["a"], "nf4")
     assert quantized.quantized(model) == "nf4"
+    assert quantized.count(model) == 2 * (192 * 128 + 128)
     x = torch.randn(2, 192)
     before = model["a"](x)
     twin = copy.deepcopy(model)

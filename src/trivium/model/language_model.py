@@ -13,6 +13,7 @@ from torch import Tensor
 from trivium.forest import Forest
 from trivium.model import attention
 from trivium.model.layout import hidden_states
+from trivium.model.quantized import count
 from trivium.model.readout import Readout, readout_of
 from trivium.virtual import Adapters, Virtual, adapters_of
 
@@ -120,7 +121,7 @@ class LanguageModel:
 
     def parameters(self) -> int:
         """Parameters in all, tied ones counted once."""
-        return sum(p.numel() for p in self.hf.parameters())
+        return count(self.hf)
 
     def trained_parameters(self) -> int:
         return sum(p.numel() for p in self.hf.parameters() if p.requires_grad)

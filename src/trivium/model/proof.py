@@ -126,7 +126,7 @@ def _separate(model: LanguageModel, forest: Forest) -> Tensor:
 def _gradients(model: LanguageModel, logprob: Tensor, forest: Forest) -> dict[str, Tensor]:
     """Gradients of a fixed mixture of the entries, signs included, with respect to all trained weights."""
     trained = {n: p for n, p in model.hf.named_parameters() if p.requires_grad}
-    if not trained:
+    if not trained or not logprob.requires_grad:  # none acts now
         return {}
     mixture = torch.cos(torch.arange(len(logprob), device=logprob.device)) * forest.weight
     grads = torch.autograd.grad((mixture * logprob).sum(), list(trained.values()), allow_unused=True)

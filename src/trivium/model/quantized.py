@@ -114,6 +114,12 @@ def quantize(model: nn.Module, names: Iterable[str], how: str) -> None:
             model.set_submodule(name, Quantized(module, how))
 
 
+def count(model: nn.Module) -> int:
+    """Parameters of a model, tied ones counted once, packed ones as those that they stand for."""
+    packed = sum(m.in_features * m.out_features - m.weight.numel() for m in model.modules() if isinstance(m, Quantized))
+    return sum(p.numel() for p in model.parameters()) + packed
+
+
 def quantized(model: nn.Module) -> str | None:
     """How the layers of a model are held: ``nf4``, ``int8``, or None: as they are."""
     return next((module.how for module in model.modules() if isinstance(module, Quantized)), None)

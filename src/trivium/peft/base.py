@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from trivium.errors import ModelError
+from trivium.model.quantized import count
 from trivium.peft.hub import CHILD, DEFAULT, Hub, Use
 from trivium.peft.kinds import Settings
 from trivium.peft.settings import METHODS, method_name
@@ -187,8 +188,7 @@ def _device(target: nn.Module) -> torch.device:
 def describe(model: nn.Module, settings: Settings, notes: list[str], name: str = DEFAULT) -> Attached:
     """What is hung in ``model`` and trained as it stands; for a model whose adapter trains on, too."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = sum(p.numel() for p in model.parameters())
-    return Attached(settings, list(deltas(model, name)), notes, trained, total)
+    return Attached(settings, list(deltas(model, name)), notes, trained, count(model))
 
 
 def make_full(model: nn.Module) -> None:
