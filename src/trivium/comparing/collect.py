@@ -101,9 +101,8 @@ def _base_bytes(ways: Sequence[Json]) -> int:
     full = [run["bytes_on_disk"] for method, run in runs if method["name"] == "full"]
     if full or not runs:
         return int(full[0]) if full else 0
-    whole = [(m, r) for m, r in runs if "quantize" not in m] or runs  # packed weights count as fewer
-    size = 4 if whole[0][1]["saved_dtype"].endswith("float32") else 2
-    return min(int(run["total_parameters"]) for _, run in whole) * size
+    size = 4 if runs[0][1]["saved_dtype"].endswith("float32") else 2
+    return min(int(run["total_parameters"]) - int(run["trained_parameters"]) for _, run in runs) * size
 
 
 def same_rows(ways: Sequence[Json]) -> str:

@@ -58,6 +58,8 @@ class Plan:
         taken = {k: v for s in self.before for k in INHERITED if (v := getattr(s, k)) is not None}
         own = _written(self.stage) | {"method": way.method, "learning_rate": way.learning_rate}
         stage = {k: v for k, v in (taken | own).items() if k not in ("from", "seed")}
+        if stage.get("optimizer") == "muon" and way.method["name"] != "full":
+            stage["optimizer"] = "adamw"  # muon is for full training
         model = str(self.out / PARENT / self.before[-1].name) if self.before else self.recipe.model
         found = self._recipe(f"{way.name}-seed{seed}".replace("@", "-"), seed, model, [stage])
         assert found is not None
