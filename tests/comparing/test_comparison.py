@@ -11,13 +11,15 @@ import yaml
 from tests.comparing.conftest import STAGES
 
 import trivium
+from trivium import checks
 from trivium.cli.main import app
 from trivium.comparing import comparison
 from trivium.comparing.collect import TASKS, same_rows
 from trivium.comparing.comparison import compare
 from trivium.comparing.page import page
+from trivium.comparing.plan import make_plan
 from trivium.comparing.show import costs, gains, lines, table
-from trivium.errors import NonFiniteError, RecipeError
+from trivium.errors import ModelError, NonFiniteError, RecipeError
 from trivium.recipe_file import read_recipe
 
 
@@ -94,23 +96,29 @@ def test_a_runs_own_recipe_repeats_it(done, tmp_path):
     assert alone["stages"][0]["metrics"]["after_loss"] == found["ways"][1]["runs"][0]["loss"]
 
 
-def test_a_way_that_fails_is_told_and_the_others_go_on(here, recipe, tmp_path, capsys):
-    path = recipe(stages=[STAGES[0], {**STAGES[1], "optimizer": "muon", "method": "full"}])
-    found = compare(read_recipe(path), tmp_path / "out", ["lora", "full"], seeds=2)
-    lora, full = found["ways"]
-    assert lora["runs"] == []
-    assert "muon is for full training" in lora["error"]["what"]
+def test_a_way_that_fails_is_told_and_the_others_go_on(here, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    found = compare(read_recipe(recipe()), tmp_path / "out", ["qlora", "full"], seeds=2)
+    qlora, full = found["ways"]
+    assert qlora["runs"] == []
+    assert "a quantised base needs bitsandbytes" in qlora["error"]["what"]
     assert len(full["runs"]) == 2
-    assert sum(folder.parent.name == "lora" for folder in here) == 1  # another seed would change nothing
-    assert "muon is for full training" in table(found, gains(found))
-    assert "muon is for full training" in table(found, costs(found))
-    assert "muon is for full training" in (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
+    assert sum(folder.parent.name == "qlora" for folder in here) == 1  # another seed would change nothing
+    assert "needs bitsandbytes" in table(found, gains(found))
+    assert "needs bitsandbytes" in table(found, costs(found))
+    assert "needs bitsandbytes" in (tmp_path / "out" / "compare.html").read_text(encoding="utf-8")
 
 
-def test_where_all_fail_the_first_error_ends_it(here, recipe, tmp_path):
-    path = recipe(stages=[STAGES[0], {**STAGES[1], "optimizer": "muon", "method": "full"}])
-    with pytest.raises(RecipeError, match="muon is for full training"):
-        compare(read_recipe(path), tmp_path / "out", ["lora", "ia3"])
+def test_where_all_fail_the_first_error_ends_it(here, recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    with pytest.raises(ModelError, match="needs bitsandbytes"):
+        compare(read_recipe(recipe()), tmp_path / "out", ["qlora"])
+
+
+def test_an_adapter_is_trained_with_adamw_where_the_recipe_has_muon(tmp_path, recipe):
+    read = read_recipe(recipe(stages=[STAGES[0], {**STAGES[1], "optimizer": "muon", "method": "full"}]))
+    plan = make_plan(read, tmp_path, ["full", "lora"])
+    assert [plan.run(way, 5)["stages"][0]["optimizer"] for way in plan.ways] == ["muon", "adamw"]
 
 
 def test_a_mistake_in_what_comes_before_ends_it_at_once(here, recipe, tmp_path):
