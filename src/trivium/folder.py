@@ -93,7 +93,7 @@ def open_folder(
 def quantize_layers(model: LanguageModel, how: str) -> None:
     """Hold the linear modules of the layers in 4 or 8 bit: ``nf4`` or ``int8``. Raises ModelError."""
     from trivium.model.quantized import quantize
-    from trivium.peft.kinds import ALL_LINEAR
+    from trivium.peft.checks import ALL_LINEAR
     from trivium.peft.targets import find_targets
 
     quantize(model.hf, find_targets(model.hf, ALL_LINEAR), how)

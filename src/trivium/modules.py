@@ -11,7 +11,8 @@ from typing import Any
 
 from trivium.errors import UserError
 from trivium.model.load import shape_of
-from trivium.peft.base import Delta, plan_for, small_weights
+from trivium.peft.base import plan_for, small_weights
+from trivium.peft.delta import Delta
 from trivium.peft.settings import method_of_preset, settings_of
 from trivium.peft.targets import decoder_layers, text_config
 from trivium.summary import aligned

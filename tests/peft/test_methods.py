@@ -15,8 +15,6 @@ from trivium.model.quantized import quantize
 from trivium.peft import METHODS, FullSettings, folder, settings_for
 from trivium.peft.base import (
     CHILD,
-    Delta,
-    Plan,
     attach,
     continues,
     deltas,
@@ -29,6 +27,7 @@ from trivium.peft.base import (
     state,
     swapped,
 )
+from trivium.peft.delta import Delta, Plan
 from trivium.peft.settings import Method, settings_of
 from trivium.peft.targets import find_targets
 

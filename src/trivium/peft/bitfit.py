@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from trivium.errors import ModelError
-from trivium.peft.base import Delta, Plan
 from trivium.peft.copies import own_tensors
+from trivium.peft.delta import Delta, Plan
 from trivium.peft.hub import CHILD
 from trivium.peft.kinds import BitFitSettings
 from trivium.peft.targets import decoder_layers, find_targets, linear_shape

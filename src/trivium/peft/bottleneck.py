@@ -25,8 +25,9 @@ from torch.nn import functional as F
 
 from trivium.errors import ModelError, RecipeError
 from trivium.peft import targets
-from trivium.peft.base import Delta, Plan
-from trivium.peft.kinds import ALL_LINEAR, BottleneckSettings
+from trivium.peft.checks import ALL_LINEAR
+from trivium.peft.delta import Delta, Plan
+from trivium.peft.kinds import BottleneckSettings
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu, "relu": F.relu, "silu": F.silu, "tanh": torch.tanh,

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from trivium.errors import RecipeError
 from trivium.peft import targets
-from trivium.peft.base import Delta, Plan
 from trivium.peft.bottleneck import FUNCTIONS, NonLinear, blocks, upper_layers
+from trivium.peft.delta import Delta, Plan
 from trivium.peft.kinds import CompacterSettings
 
 RULE_SPREAD = 0.01  # of the shared factors at the start, as in the authors' code

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from trivium.errors import ModelError, RecipeError, listed, nearest
-from trivium.peft.base import Delta
+from trivium.peft.delta import Delta
 from trivium.peft.targets import matches
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from trivium.errors import ModelError
-from trivium.peft.base import Delta
+from trivium.peft.delta import Delta
 from trivium.peft.kinds import LoRASettings
 from trivium.peft.lora import scale_of
 from trivium.peft.targets import bare_parameters, select

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trivium.errors import ModelError, RecipeError
-from trivium.peft.base import Delta, Plan
+from trivium.peft.delta import Delta, Plan
 from trivium.peft.kinds import IA3Settings
 from trivium.peft.targets import (
     add_to_weight,

@@ -8,20 +8,32 @@ the setting. `settings.py` has the registry.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from trivium.errors import RecipeError, listed, nearest
+from trivium.errors import RecipeError
+from trivium.peft.checks import (
+    ALL_LINEAR,
+    TargetModules,
+    above_0,
+    by_pattern,
+    contradict,
+    fraction,
+    names,
+    one_of,
+    patterns,
+    put,
+    size,
+    switch,
+    whole,
+)  # fmt: skip
 
-ALL_LINEAR = "all-linear"
 NON_LINEARITIES = ("gelu", "relu", "silu", "tanh")
 SEQUENTIAL = ("houlsby", "pfeiffer")
 PLACEMENTS = (*SEQUENTIAL, "parallel")
 STARTS = ("default", "pissa", "olora")
 QUANTIZATIONS = ("nf4", "int8")
-
-TargetModules = str | tuple[str, ...]
 
 
 def _field(default: Any, told: str) -> Any:
@@ -94,19 +106,19 @@ class LoRASettings(OnFrozenBase):
         switch("rslora", self.rslora)
         switch("dora", self.dora)
         one_of("init_lora_weights", self.init_lora_weights, STARTS)
-        _set(self, "target_modules", patterns("target_modules", self.target_modules))
+        put(self, "target_modules", patterns("target_modules", self.target_modules))
         for key in ("target_parameters", "modules_to_save"):
             if getattr(self, key) is not None:
-                _set(self, key, names(key, getattr(self, key)))
+                put(self, key, names(key, getattr(self, key)))
         for key, check in (("rank_pattern", size), ("alpha_pattern", above_0)):
             if getattr(self, key) is not None:
-                _set(self, key, _pattern(key, getattr(self, key), check))
+                put(self, key, by_pattern(key, getattr(self, key), check))
         if self.dora and self.init_lora_weights != "default":
-            _contradict("dora", "init_lora_weights", "both rewrite the start of the update")
+            contradict("dora", "init_lora_weights", "both rewrite the start of the update")
         if self.dropout and self.target_parameters is not None:
-            _contradict("dropout", "target_parameters", "experts' inputs cannot be reached")
+            contradict("dropout", "target_parameters", "experts' inputs cannot be reached")
         if self.dora and self.target_parameters is not None:
-            _contradict("dora", "target_parameters", "it is for linear modules")
+            contradict("dora", "target_parameters", "it is for linear modules")
 
     @property
     def effective_alpha(self) -> float:
@@ -129,7 +141,7 @@ class VeRASettings(OnFrozenBase):
         fraction("dropout", self.dropout)
         above_0("d_initial", self.d_initial)
         whole("projection_seed", self.projection_seed, 0, 2**63 - 1)
-        _set(self, "target_modules", patterns("target_modules", self.target_modules))
+        put(self, "target_modules", patterns("target_modules", self.target_modules))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -148,7 +160,7 @@ class OfAWidth(OnFrozenBase):
         if self.reduction_factor is not None:
             above_0("reduction_factor", self.reduction_factor)
             if self.r is not None:
-                _contradict("r", "reduction_factor", "give one of them")
+                contradict("r", "reduction_factor", "give one of them")
         one_of("non_linearity", self.non_linearity, NON_LINEARITIES)
         whole("skip_layers", self.skip_layers, 0, 1_000_000)
 
@@ -181,7 +193,7 @@ class BottleneckSettings(OfAWidth):
         if self.scale != 1 and self.placement != "parallel":
             raise RecipeError(f"scale is {self.scale}", "Only placement: parallel has a scale; leave it out.")
         if self.target_modules is not None:
-            _set(self, "target_modules", patterns("target_modules", self.target_modules))
+            put(self, "target_modules", patterns("target_modules", self.target_modules))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -212,7 +224,7 @@ class IA3Settings(OnFrozenBase):
         super().__post_init__()
         for key in ("target_modules", "feedforward_modules"):
             if getattr(self, key) is not None:
-                _set(self, key, names(key, getattr(self, key)))
+                put(self, key, names(key, getattr(self, key)))
         if self.feedforward_modules is not None and self.target_modules is None:
             raise RecipeError("feedforward_modules is given without target_modules", "Give both, or neither.")
 
@@ -267,69 +279,3 @@ def quantization(settings: Settings) -> str | None:
 def virtual_tokens(settings: Settings) -> int:
     """How many tokens of the model's context the method takes."""
     return getattr(settings, "num_virtual_tokens", 0)
-
-
-# --- checks
-
-
-def _set(settings: Any, key: str, value: Any) -> None:
-    object.__setattr__(settings, key, value)
-
-
-def is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
-
-
-def above_0(name: str, value: Any, otherwise: str = "") -> None:
-    if not is_number(value) or not 0 < value < float("inf"):
-        raise RecipeError(f"{name} is {value!r}", f"{name} is a number above 0{'; ' * bool(otherwise)}{otherwise}.")
-
-
-def whole(name: str, value: object, least: int, most: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise RecipeError(f"{name} is {value!r}", f"{name} is a whole number from {least} on, such as 16.")
-
-
-def size(name: str, value: object) -> None:
-    # The upper end is far above any width: a folder's config may claim anything, and sizes must stay countable.
-    whole(name, value, 1, 1_000_000)
-
-
-def fraction(name: str, value: Any) -> None:
-    if not is_number(value) or not 0 <= value < 1:
-        raise RecipeError(f"{name} is {value!r}", f"{name} is a number from 0 up to, not including, 1.")
-
-
-def switch(name: str, value: object) -> None:
-    if not isinstance(value, bool):
-        raise RecipeError(f"{name} is {value!r}", f"{name} is true or false.")
-
-
-def one_of(name: str, value: object, allowed: Iterable[str]) -> None:
-    if value not in (allowed := tuple(allowed)):
-        raise RecipeError(f"{name} is {value!r}{nearest(str(value), allowed)}", f"{name} is one of {listed(allowed)}.")
-
-
-def patterns(name: str, value: object) -> TargetModules:
-    """``"all-linear"`` as it is; one name or a list of names as a tuple."""
-    return ALL_LINEAR if value == ALL_LINEAR else names(name, value, f"'{ALL_LINEAR}' or ")
-
-
-def names(name: str, value: object, besides: str = "") -> tuple[str, ...]:
-    """One name or a list of names as a tuple."""
-    found = (value,) if isinstance(value, str) else value
-    if not isinstance(found, (list, tuple)) or not found or not all(isinstance(n, str) and n for n in found):
-        raise RecipeError(f"{name} is {value!r}", f"Write {besides}a list of names, such as [q_proj, v_proj].")
-    return tuple(found)
-
-
-def _pattern(name: str, value: Any, check: Any) -> dict[str, Any]:
-    if not isinstance(value, Mapping) or not value or not all(isinstance(k, str) and k for k in value):
-        raise RecipeError(f"{name} is {value!r}", f"Write {name}: {{q_proj: 4}}, a number for each name or pattern.")
-    for pattern, number in value.items():
-        check(f"{name}.{pattern}", number)
-    return dict(value)
-
-
-def _contradict(one: str, other: str, why: str) -> None:
-    raise RecipeError(f"{one} and {other} do not go together: {why}", f"Leave out {one} or {other}.")

@@ -7,8 +7,8 @@ from __future__ import annotations
 from torch import nn
 
 from trivium.errors import ModelError
-from trivium.peft.base import Plan
 from trivium.peft.copies import own_tensors
+from trivium.peft.delta import Plan
 from trivium.peft.hub import CHILD
 from trivium.peft.kinds import LayerNormSettings
 

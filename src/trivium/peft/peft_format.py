@@ -20,7 +20,8 @@ from transformers.pytorch_utils import Conv1D
 
 from trivium.errors import ModelError, UserError
 from trivium.peft import kinds, targets
-from trivium.peft.base import Delta, Plan, deltas, plan_for
+from trivium.peft.base import deltas, plan_for
+from trivium.peft.delta import Delta, Plan
 from trivium.peft.hub import CHILD
 from trivium.peft.ia3 import IA3
 from trivium.peft.prefix import Prefix

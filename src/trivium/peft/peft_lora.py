@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from trivium.errors import ModelError
-from trivium.peft.base import Delta, Plan
 from trivium.peft.copies import Copies, tied_copies
+from trivium.peft.delta import Delta, Plan
 from trivium.peft.dora import DoRA
 from trivium.peft.experts import ExpertLoRA
 from trivium.peft.kinds import LoRASettings

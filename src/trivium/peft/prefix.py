@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from trivium.errors import ModelError
 from trivium.peft import targets
-from trivium.peft.base import Delta, Plan
+from trivium.peft.delta import Delta, Plan
 from trivium.peft.kinds import PrefixSettings
 from trivium.peft.prompt import NoPlace, refuse_lookups
 from trivium.virtual import Virtual

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from trivium.errors import ModelError
-from trivium.peft.base import Delta, Plan
+from trivium.peft.delta import Delta, Plan
 from trivium.peft.kinds import PromptSettings
 from trivium.peft.targets import width
 from trivium.virtual import Virtual

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from trivium.errors import ModelError, RecipeError, listed, nearest
+from trivium.peft.checks import ALL_LINEAR, TargetModules
 from trivium.peft.hub import CHILD
-from trivium.peft.kinds import ALL_LINEAR, TargetModules
 
 LINEAR = (nn.Linear, Conv1D)  # one that holds its weight in 4 or 8 bit is an nn.Linear, too (model/quantized.py)
 Value = TypeVar("Value")

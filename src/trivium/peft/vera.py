@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from trivium.errors import ModelError
-from trivium.peft.base import Delta, Plan
-from trivium.peft.kinds import ALL_LINEAR, VeRASettings
+from trivium.peft.checks import ALL_LINEAR
+from trivium.peft.delta import Delta, Plan
+from trivium.peft.kinds import VeRASettings
 from trivium.peft.targets import add_to_weight, find_targets, frozen_note, linear_shape, quantised
 
 
