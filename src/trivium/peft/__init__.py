@@ -9,7 +9,7 @@
     folder.py        an adapter folder, written and read; peft_format.py and peft_lora.py keep PEFT's format
     combine.py       several LoRAs into one
 
-    lora.py          Hu et al. 2021            bottleneck.py    Houlsby et al. 2019, Pfeiffer et al. 2021, He et al. 2022
+    lora.py          Hu et al. 2021            bottleneck.py    Houlsby et al. 2019, Pfeiffer, He et al.
     dora.py          Liu et al. 2024           compacter.py     Karimi Mahabadi et al. 2021
     lora_starts.py   PiSSA, OLoRA              ia3.py           Liu et al. 2022
     experts.py       LoRA on bare parameters   prompt.py        Lester et al. 2021
