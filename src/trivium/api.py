@@ -29,7 +29,7 @@ from trivium.files import sha256_json, whole_folder, write_json
 from trivium.folder import Opened, attach, identity_of, open_folder, place, record_of, save
 from trivium.forest import Example
 from trivium.model.proof import prove
-from trivium.model.quantized import quantized
+from trivium.model.quantized import quantized, unpack
 from trivium.objectives import objective
 from trivium.peft import base as deltas
 from trivium.peft.folder import load as load_adapter
@@ -302,6 +302,7 @@ class Model:
 
     def merge(self) -> Model:
         """Fold the adapter into the base; raises ModelError where the method cannot be (a non-linear adapter)."""
+        unpack(self.hf)
         deltas.merge(self.hf)
         identity = sha256_json([self._link.identity, "merged"])
         own = {"name": "merged", "stage": "merge", "method": None, "identity": identity}

@@ -14,6 +14,8 @@ from collections import Counter
 import pytest
 from tests.crash.process import CELLS, Process, events, left_over, result
 
+from trivium.peft.settings import METHODS, PRESETS
+
 QUICK = ("pretrain-full", "sft-lora", "preference-bottleneck")
 
 
@@ -51,22 +53,7 @@ def test_a_killed_run_ends_in_the_same_bits(name, kills, cell):
 
 def test_it_goes_on_rather_than_beginning_again(cell):
     recipe = cell("sft-lora", save_every=10)
-
-    def die() -> None:
-        from trivium.train import loop
-
-        rate = loop.set_rate
-        steps = [0]
-
-        def dying(*arguments):
-            steps[0] += 1
-            if steps[0] == 25:
-                os.kill(os.getpid(), signal.SIGKILL)
-            rate(*arguments)
-
-        loop.set_rate = dying
-
-    assert Process(recipe, meanwhile=die).wait().killed
+    assert Process(recipe, meanwhile=lambda: kill_at_step(25)).wait().killed
     ended = Process(recipe).wait()
     assert ended.code == 0, ended.said
     assert "goes on after step 20 of 60" in ended.said
@@ -75,6 +62,45 @@ def test_it_goes_on_rather_than_beginning_again(cell):
     whole = cell("sft-lora")
     assert Process(whole).wait().code == 0
     assert result(whole) == result(recipe), "nor does it matter how often it is saved"
+
+
+QUICK_METHODS = ("pissa", "qlora", "prefix")  # what starts from the base itself, by computing on it or packing it
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        *QUICK_METHODS,
+        *(pytest.param(n, marks=pytest.mark.slow) for n in (*METHODS, *PRESETS) if n not in QUICK_METHODS),
+    ],
+)
+def test_every_method_goes_on_in_the_same_bits(method, cell):
+    sizes = {"pissa": {"r": 4}, "olora": {"r": 4}, "compacter": {"r": 4}, "prompt": {"num_virtual_tokens": 4},
+             "prefix": {"num_virtual_tokens": 4}, "top_layers": {"layers": 1}}  # fmt: skip
+    changed = {"method": {"name": method, **sizes.get(method, {})}, "max_steps": 12, "save_every": 2}
+    whole, recipe = cell("sft-lora", **changed), cell("sft-lora", **changed)
+    assert Process(whole).wait().code == 0
+    killed = Process(recipe, meanwhile=lambda: kill_at_step(8)).wait()
+    assert killed.killed, killed.said
+    ended = Process(recipe).wait()
+    assert ended.code == 0, ended.said
+    assert "goes on after step " in ended.said
+    assert result(recipe) == result(whole)
+
+
+def kill_at_step(number: int) -> None:
+    """In this process, before its update."""
+    from trivium.train import loop
+
+    rate, steps = loop.set_rate, [0]
+
+    def dying(*arguments):
+        steps[0] += 1
+        if steps[0] == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        rate(*arguments)
+
+    loop.set_rate = dying
 
 
 def test_every_example_exactly_once_per_epoch_however_often_it_is_killed(cell):
