@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from trivium.errors import RecipeError
-from trivium.peft.settings import rate_of
+from trivium.peft.settings import only_named, rate_of
 from trivium.train.machine import pick_device
 
 if TYPE_CHECKING:
@@ -102,7 +102,7 @@ def resolve(stage: Stage, recipe: Recipe, parent: dict[str, Any] | None, parent_
     inherited: dict[str, Any] = {k: parent[k] for k in INHERITED if k not in known and parent.get(k) is not None}
     defaulted: dict[str, Any] = {}
     method = parent.get("method") or {}
-    if stage.method is not None and set(stage.method) == {"name"} and stage.method["name"] == method.get("name"):
+    if stage.method is not None and only_named(stage.method) and stage.method.items() <= method.items():
         inherited["method"] = method  # `method: lora` on a LoRA parent goes on with that adapter
     have = {**known, **inherited}
     alternatives = {"epochs": "max_steps", "batch_size": "batch_tokens", "batch_tokens": "batch_size"}

@@ -95,6 +95,11 @@ def as_written(method: str | Mapping[str, Any]) -> dict[str, Any]:
     return {**preset, **{key: value for key, value in given.items() if key != "name"}}
 
 
+def only_named(method: Mapping[str, Any]) -> bool:
+    """Whether a recipe's ``method`` says no more than the name of a method or preset."""
+    return set(method) == {"name"} or dict(method) in PRESETS.values()
+
+
 def method_of_preset(name: str) -> dict[str, Any]:
     """What a recipe's ``method`` says for a method or preset of this name. Raises RecipeError."""
     if name not in METHODS and name not in PRESETS:
