@@ -77,6 +77,7 @@ class Done:
 @pytest.fixture
 def trivium(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Done]]:
     """``trivium("run", recipe, ...)`` as in a shell, but in this process."""
+    from trivium import interrupt
     from trivium.cli.main import main
     from trivium.interrupt import SIGNALS
 
@@ -93,6 +94,7 @@ def trivium(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch)
     yield run
     for number, handler in handlers.items():
         signal.signal(number, handler)
+    interrupt._asked.clear()  # else what runs next in this process would take it for its own
 
 
 def write_data(folder: Path, seed: int = 0) -> Path:

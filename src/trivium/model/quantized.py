@@ -20,7 +20,6 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from trivium.errors import ModelError
 
@@ -40,6 +39,8 @@ class Quantized(nn.Linear):
     """A frozen linear layer with a packed weight; to others it is the `nn.Linear` that it stands for."""
 
     def __init__(self, linear: nn.Module, how: str) -> None:
+        from transformers.pytorch_utils import Conv1D  # here, as it takes seconds to import
+
         nn.Module.__init__(self)
         functions = functional()
         weight = linear.get_parameter("weight").detach()
