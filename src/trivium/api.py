@@ -16,24 +16,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from trivium.api_adapters import WithAdapters
 from trivium.api_rows import Prompt, Rows, listed_rows, messages_of, one_stage, source_of
 from trivium.chain import place_of_base, run_recipe, written_base
 from trivium.checks import check_fit
 from trivium.comparing.call import compare as compare
 from trivium.data.templates import chat_template
-from trivium.errors import DiskError, ModelError, RecipeError, listed, nearest
+from trivium.errors import DiskError, RecipeError
 from trivium.evaluate.held_out import evaluate
 from trivium.evaluate.judge import Judge
-from trivium.evaluate.score import scored
 from trivium.files import sha256_json, whole_folder, write_json
 from trivium.folder import Opened, attach, identity_of, open_folder, place, record_of, save
-from trivium.forest import Example
 from trivium.model.proof import prove
-from trivium.model.quantized import quantized, unpack
+from trivium.model.quantized import unpack
 from trivium.objectives import objective
 from trivium.peft import base as deltas
-from trivium.peft.folder import load as load_adapter
-from trivium.peft.folder import quantization_of
 from trivium.peft.kinds import FullSettings
 from trivium.peft.settings import method_name, settings_of
 from trivium.recipe import DataSource, Stage
@@ -98,7 +95,7 @@ def new(
     return Model(Opened(model, FullSettings(), None), Link("new", identity, lineage), None)
 
 
-class Model:
+class Model(WithAdapters):
     """A language model in hand. Made by `load` and `new`."""
 
     def __init__(self, opened: Opened, link: Link, base: str | None) -> None:
@@ -149,66 +146,6 @@ class Model:
         attach(self._opened.model, wanted, seed)
         self._opened.settings = wanted
         return self
-
-    # --- several adapters on one base
-
-    @property
-    def adapters(self) -> list[str]:
-        """The names of the adapters that hang in the model; the one that `attach` and `train` mean is "default"."""
-        return deltas.adapter_names(self.hf)
-
-    def load_adapter(self, folder: str | Path, name: str) -> Model:
-        """Hang the adapter of a folder beside those that are there; it acts from now on. Raises ModelError."""
-        if name in self.adapters:
-            raise RecipeError(f"there is an adapter {name!r} already", "give it another name, or detach that one")
-        path = Path(folder).expanduser()
-        if (how := quantization_of(path)) != quantized(self.hf):
-            raise ModelError(
-                f"{path}: it was trained on a base held in {how or 'its own dtype'}, and this one is held in "
-                f"{quantized(self.hf) or 'its own dtype'}",
-                "combine adapters that were trained on the same base",
-            )
-        load_adapter(self.hf, path, name)
-        return self
-
-    def use(self, adapters: str | Sequence[str] | Mapping[str, float] | None) -> Model:
-        """Which adapters act: one, several stacked in this order, a mapping of weights for their average, or none."""
-        wanted: Mapping[str, float]
-        if isinstance(adapters, Mapping):
-            wanted = adapters
-        else:
-            wanted = dict.fromkeys([adapters] if isinstance(adapters, str) else adapters or (), 1.0)
-        for name in wanted:
-            if name not in self.adapters:
-                hint = nearest(name, self.adapters)
-                raise RecipeError(f"there is no adapter {name!r}{hint}", f"adapters: {listed(self.adapters)}")
-        if (carried := self._opened.model.adapters) is not None:
-            carried.switch(wanted, averaged=isinstance(adapters, Mapping))
-        return self
-
-    def detach(self, name: str = "default") -> Model:
-        """Take an adapter away. Raises RecipeError where there is none of this name."""
-        if name not in self.adapters:
-            raise RecipeError(f"there is no adapter {name!r}", f"adapters: {listed(self.adapters) or 'none'}")
-        deltas.detach(self.hf, name)
-        if name == "default":
-            self._opened.settings, self._made = FullSettings(), None
-        return self
-
-    def score(self, answers: Sequence[tuple[Prompt, str]], adapters: Sequence[str | None] | None = None) -> list[float]:
-        """Log-probability of each answer to its prompt, its stop token included.
-
-        ``adapters`` names one for each, or None for the base: all are scored in the same passes, each under its own.
-        """
-        template = chat_template(self.tokenizer)
-        named = list(adapters) if adapters is not None else []
-        if adapters is not None and len(named) != len(answers):
-            raise RecipeError(f"{len(answers)} answers and {len(named)} adapters", "name one for each, or None")
-        for name in named:
-            if name is not None and name not in self.adapters:
-                raise RecipeError(f"there is no adapter {name!r}", f"adapters: {listed(self.adapters) or 'none'}")
-        rows = [template.encode([*messages_of(p), {"role": "assistant", "content": a}], "last") for p, a in answers]
-        return scored(self._opened.model, [Example(tuple(row)) for row in rows], named)
 
     # --- to train, to ask, to keep
 

@@ -1,0 +1,92 @@
+"""Several adapters on one base, in a notebook: what `trivium.Model` has for them.
+
+model.load_adapter("runs/anna/chat", name="anna").load_adapter("runs/ben/chat", name="ben")
+model.use("anna")                              # or ["anna", "ben"], {"anna": 0.7, "ben": 0.3}, None
+model.score(answers, adapters=["anna", "ben"])
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from trivium.api_rows import Prompt, messages_of
+from trivium.data.templates import chat_template
+from trivium.errors import ModelError, RecipeError, listed, nearest
+from trivium.evaluate.score import scored
+from trivium.folder import Opened
+from trivium.forest import Example
+from trivium.model.quantized import quantized
+from trivium.peft import base as deltas
+from trivium.peft.folder import load as load_adapter
+from trivium.peft.folder import quantization_of
+from trivium.peft.kinds import FullSettings
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+class WithAdapters:
+    """A model in hand, as far as its adapters go."""
+
+    _opened: Opened
+    _made: dict[str, Any] | None
+
+    @property
+    def adapters(self) -> list[str]:
+        """The names of the adapters that hang in the model; the one that `attach` and `train` mean is "default"."""
+        return deltas.adapter_names(self._opened.model.hf)
+
+    def load_adapter(self, folder: str | Path, name: str) -> Self:
+        """Hang the adapter of a folder beside those that are there; it acts from now on. Raises ModelError."""
+        if name in self.adapters:
+            raise RecipeError(f"there is an adapter {name!r} already", "give it another name, or detach that one")
+        path = Path(folder).expanduser()
+        if (how := quantization_of(path)) != quantized(self._opened.model.hf):
+            raise ModelError(
+                f"{path}: it was trained on a base held in {how or 'its own dtype'}, and this one is held in "
+                f"{quantized(self._opened.model.hf) or 'its own dtype'}",
+                "combine adapters that were trained on the same base",
+            )
+        load_adapter(self._opened.model.hf, path, name)
+        return self
+
+    def use(self, adapters: str | Sequence[str] | Mapping[str, float] | None) -> Self:
+        """Which adapters act: one, several stacked in this order, a mapping of weights for their average, or none."""
+        wanted: Mapping[str, float]
+        if isinstance(adapters, Mapping):
+            wanted = adapters
+        else:
+            wanted = dict.fromkeys([adapters] if isinstance(adapters, str) else adapters or (), 1.0)
+        for name in wanted:
+            if name not in self.adapters:
+                hint = nearest(name, self.adapters)
+                raise RecipeError(f"there is no adapter {name!r}{hint}", f"adapters: {listed(self.adapters)}")
+        if (carried := self._opened.model.adapters) is not None:
+            carried.switch(wanted, averaged=isinstance(adapters, Mapping))
+        return self
+
+    def detach(self, name: str = "default") -> Self:
+        """Take an adapter away. Raises RecipeError where there is none of this name."""
+        if name not in self.adapters:
+            raise RecipeError(f"there is no adapter {name!r}", f"adapters: {listed(self.adapters) or 'none'}")
+        deltas.detach(self._opened.model.hf, name)
+        if name == "default":
+            self._opened.settings, self._made = FullSettings(), None
+        return self
+
+    def score(self, answers: Sequence[tuple[Prompt, str]], adapters: Sequence[str | None] | None = None) -> list[float]:
+        """Log-probability of each answer to its prompt, its stop token included.
+
+        ``adapters`` names one for each, or None for the base: all are scored in the same passes, each under its own.
+        """
+        template = chat_template(self._opened.model.tokenizer)
+        named = list(adapters) if adapters is not None else []
+        if adapters is not None and len(named) != len(answers):
+            raise RecipeError(f"{len(answers)} answers and {len(named)} adapters", "name one for each, or None")
+        for name in named:
+            if name is not None and name not in self.adapters:
+                raise RecipeError(f"there is no adapter {name!r}", f"adapters: {listed(self.adapters) or 'none'}")
+        rows = [template.encode([*messages_of(p), {"role": "assistant", "content": a}], "last") for p, a in answers]
+        return scored(self._opened.model, [Example(tuple(row)) for row in rows], named)
