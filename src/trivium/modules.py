@@ -7,9 +7,11 @@ Layers that are alike are shown once.
 from __future__ import annotations
 
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
 from trivium.errors import UserError
+from trivium.folder import base_of, is_adapter
 from trivium.model.load import shape_of
 from trivium.peft.base import plan_for, small_weights
 from trivium.peft.delta import Delta
@@ -27,9 +29,10 @@ SHOWN = {
 def modules_of(source: str) -> dict[str, Any]:
     """Every module with weights, its shapes, and the methods that would train there; and what each would train.
 
-    Raises ModelError for what is no model.
+    Of an adapter folder it is the base that is shown. Raises ModelError for what is no model.
     """
-    model = shape_of(source)
+    folder = Path(source).expanduser()
+    model = shape_of(base_of(folder) if folder.is_dir() and is_adapter(folder) else source)
     plans: dict[str, dict[str, Delta]] = {}
     total = sum(p.numel() for p in model.parameters())
     methods: list[dict[str, Any]] = [{"letter": "", "name": "full", "trained": total}]

@@ -154,4 +154,6 @@ def test_modules_of_a_real_folder_and_of_none(trivium, walk):
     done = trivium("inspect", walk.folder / "base", "--modules")
     assert "model.layers.0–1 (2 times)" in done.out or "model.layers.0" in done.out
     assert "down_proj" in done.out
+    shown = trivium("inspect", walk.folder / "chat", "--modules")  # an adapter: its base
+    assert shown.out.splitlines()[1:] == done.out.splitlines()[1:]
     assert trivium("inspect", walk.folder / "nowhere", "--modules").code == 2
