@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import trivium
 from trivium.demo import world
@@ -72,7 +73,12 @@ def test_several_adapters_share_a_base(saved, tmp_path) -> None:
     assert model.detach("ben").adapters == ["anna", "cleo"]
     for act, said in (
         (lambda: model.use("bem"), "there is no adapter 'bem'"),
-        (lambda: model.load_adapter(folders["ben"], "anna"), "there is an adapter 'anna' already"),
+        (lambda: model.load_adapter(folders["ben"], "anna"), "an adapter 'anna' is there already"),
+        (lambda: model.load_adapter(folders["ben"], "default"), "is what attach and train mean"),
+        (lambda: model.load_adapter(folders["ben"], "1 x"), "cannot be an adapter's name"),
+        (lambda: model.use({"anna": float("nan")}), "the weight of anna is nan"),
+        (lambda: model.use(3), r"use\(3\) names no adapters"),
+        (lambda: model.merge(), "other adapters"),
         (lambda: model.score(answers, adapters=["anna"]), "3 answers and 1 adapters"),
         (lambda: model.score(answers, adapters=["anna", "x", None]), "there is no adapter 'x'"),
         (lambda: model.detach("ben"), "there is no adapter 'ben'"),
@@ -81,6 +87,38 @@ def test_several_adapters_share_a_base(saved, tmp_path) -> None:
     ):
         with pytest.raises(trivium.UserError, match=said):
             act()
+
+
+def test_an_adapter_of_another_base_is_refused(saved, tmp_path) -> None:
+    model = trivium.load(saved)
+    model.train(STORIES, "pretrain", **SHORT)
+    other = model.save(tmp_path / "other")
+    adapter = trivium.load(other).attach("lora").save(tmp_path / "adapter")
+    with pytest.raises(trivium.UserError, match="an adapter on another base"):
+        trivium.load(saved).load_adapter(adapter, "x")
+
+
+def test_what_is_detached_leaves_the_base_and_its_lineage(saved, tmp_path) -> None:
+    model = trivium.load(saved).attach("lora", r=2)
+    lineage = trivium.load(saved).lineage
+    model.use({"default": 0.0})
+    model.train(REQUESTS, "sft", **SHORT)  # trains what is attached, whatever was in use
+    assert model.score([(ASKED, "Yes.")]) != trivium.load(saved).score([(ASKED, "Yes.")])
+    assert len(model.lineage) == len(lineage) + 1
+    model.detach()
+    assert model.lineage == lineage
+    assert same(weights(model), weights(trivium.load(saved)))
+    with pytest.raises(trivium.UserError, match="no adapter to merge"):
+        model.merge()
+
+
+def test_a_base_in_memory_is_saved_before_it_is_quantised(base, tmp_path) -> None:
+    with pytest.raises(trivium.UserError, match="lies in no folder"):
+        base.attach("qlora", r=2)
+    with pytest.raises(trivium.UserError, match="lies in no folder"):
+        base.train(REQUESTS, "sft", method={"name": "qlora", "r": 2}, **SHORT)
+    base.attach("lora", r=2).save(tmp_path / "adapter")
+    assert not [n for n in load_file(tmp_path / "adapter-base" / "model.safetensors") if "trivium" in n]
 
 
 def test_a_quantised_base_in_a_notebook(saved, tmp_path) -> None:
@@ -93,6 +131,8 @@ def test_a_quantised_base_in_a_notebook(saved, tmp_path) -> None:
     assert again.method["quantize"] == "nf4"
     with pytest.raises(trivium.UserError, match="trained on a base held in nf4"):
         trivium.load(saved).load_adapter(path, "q")
+    with pytest.raises(trivium.UserError, match="cannot be put back"):
+        again.detach()
 
 
 # --- what is exported

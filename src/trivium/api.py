@@ -31,7 +31,7 @@ from trivium.model.proof import prove
 from trivium.model.quantized import unpack
 from trivium.objectives import objective
 from trivium.peft import base as deltas
-from trivium.peft.kinds import FullSettings
+from trivium.peft.kinds import FullSettings, Settings, quantization
 from trivium.peft.settings import method_name, settings_of
 from trivium.recipe import DataSource, Stage
 from trivium.recipe_file import read_recipe, recipe_of
@@ -102,6 +102,7 @@ class Model(WithAdapters):
         self._opened, self._link = opened, link
         self._base = base  # where the frozen base lies as it is used; None: nowhere but in memory
         self._made: dict[str, Any] | None = None  # of the last stage, for its record
+        self._bare = link if opened.base is None else link_of(opened.base)  # what is left when its adapter is detached
 
     def __repr__(self) -> str:
         model = self._opened.model
@@ -143,8 +144,9 @@ class Model(WithAdapters):
         wanted = settings_of({"name": method, **settings})
         if isinstance(wanted, FullSettings):
             raise RecipeError("full is no adapter", "train without attach()")
+        self._check_base(wanted)
         attach(self._opened.model, wanted, seed)
-        self._opened.settings = wanted
+        self._opened.settings, self._bare = wanted, self._link
         return self
 
     # --- to train, to ask, to keep
@@ -165,6 +167,8 @@ class Model(WithAdapters):
                 )
         if others := [name for name in self.adapters if name != "default"]:
             raise RecipeError(f"the model has other adapters ({', '.join(others)})", "detach them, or load it anew")
+        if deltas.deltas(self.hf):
+            self.use("default")
         in_files = isinstance(rows, (str, Path))
         given: dict[str, Any] = {"data": str(rows) if in_files else "rows"}
         if eval_rows is not None:
@@ -184,6 +188,14 @@ class Model(WithAdapters):
         self._base = self._base if deltas.deltas(self.hf) else None
         return report
 
+    def _check_base(self, settings: Settings) -> None:
+        """A base to be quantised must lie in a folder as it is: adapters are saved beside it. Raises RecipeError."""
+        if quantization(settings) is not None and self._base is None:
+            raise RecipeError(
+                f"quantize: {quantization(settings)}: this model lies in no folder as it is, and its weights are about "
+                "to be rounded", "save() it, and attach to what load() gives of that folder",
+            )  # fmt: skip
+
     def _stage(self, kind: str, values: dict[str, Any]) -> Stage:
         """The stage with every setting filled in. Raises RecipeError."""
         recipe = one_stage(kind, values)
@@ -199,6 +211,8 @@ class Model(WithAdapters):
         given = {"device": device, "dtype": dtype}
         parent = {**given, "method": self.method} if deltas.deltas(self.hf) else given
         full, _ = resolve(stage, recipe, parent, "the model")
+        if not deltas.deltas(self.hf):
+            self._check_base(settings_of(full.method))
         check_fit(model, recipe, [full])
         return full
 
@@ -239,6 +253,10 @@ class Model(WithAdapters):
 
     def merge(self) -> Model:
         """Fold the adapter into the base; raises ModelError where the method cannot be (a non-linear adapter)."""
+        if others := [name for name in self.adapters if name != "default"]:
+            raise RecipeError(f"the model has other adapters ({', '.join(others)})", "detach them first")
+        if not self.adapters:
+            raise RecipeError("the model has no adapter to merge", "attach one, or load an adapter folder")
         unpack(self.hf)
         deltas.merge(self.hf)
         identity = sha256_json([self._link.identity, "merged"])

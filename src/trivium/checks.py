@@ -5,7 +5,7 @@ from __future__ import annotations
 from importlib.util import find_spec
 from typing import Any
 
-from trivium.errors import DataError, ModelError, RecipeError
+from trivium.errors import DataError, ModelError, RecipeError, UserError
 from trivium.recipe import Recipe, Stage
 
 
@@ -59,17 +59,43 @@ def check_fit(model: Any, recipe: Recipe, stages: list[Stage]) -> None:
     from trivium.peft.kinds import virtual_tokens
     from trivium.peft.settings import settings_of
 
+    plans = {}
     for stage in stages:
         try:
-            plan_for(model.hf, settings_of(stage.method))
-        except RecipeError as error:
+            plans[stage.name] = plan_for(model.hf, settings_of(stage.method))
+        except UserError as error:
             raise RecipeError(f"stages.{stage.name}.method: {error.what}", error.remedy) from None
+    _check_merges(model, stages, plans)
     for stage in recipe.stages[: len(stages)]:  # as written: a default gives way to the model's context
         taken = virtual_tokens(settings_of(stage.method))
         context = model.context - (0 if model.virtual else taken)
+        if context < 2:
+            what = f"stages.{stage.name}.method: {taken} virtual tokens leave nothing of the model's context"
+            raise RecipeError(f"{what} of {model.context}", "use fewer")
         if stage.max_length and stage.max_length > context:
             less = f" less {taken} virtual tokens" if taken else ""
             raise RecipeError(
                 f"stages.{stage.name}.max_length: {stage.max_length} is more than the model's context{less}: {context}",
                 f"use at most {context}, or build the model with a larger max_position_embeddings",
             )
+
+
+def _check_merges(model: Any, stages: list[Stage], plans: dict[str, Any]) -> None:
+    """Where a stage has another method than its parent's, the parent's adapter can be merged; raises RecipeError."""
+    from trivium.peft.base import alike
+    from trivium.peft.kinds import quantization
+    from trivium.peft.settings import settings_of
+
+    by_name = {stage.name: stage for stage in stages}
+    for stage in stages:
+        before, own = by_name.get(stage.from_ or ""), plans[stage.name]
+        parent = plans[before.name] if before is not None else None
+        if before is None or parent is None:
+            continue
+        same_base = quantization(settings_of(before.method)) == quantization(settings_of(stage.method))
+        if own is not None and same_base and alike(parent.deltas, own.deltas):
+            continue  # it goes on with its parent's adapter
+        for name, delta in parent.deltas.items():
+            if (found := delta.obstacle(model.hf.get_submodule(name))) is not None and "quantised" not in found.what:
+                what = f"stages.{stage.name}.method: {before.name}'s adapter would have to be merged first"
+                raise RecipeError(f"{what}: {found.what}", f"keep the method of {before.name}, or start elsewhere")

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trivium.errors import ModelError
+from trivium.errors import ModelError, RecipeError
 from trivium.files import read_json, sha256_file, sha256_json, write_by, write_json
 from trivium.model.language_model import LanguageModel
 from trivium.model.load import load_base, offline_where_unreachable, quiet
+from trivium.model.quantized import quantized
+from trivium.peft.hub import CHILD
 from trivium.peft.kinds import FullSettings, Settings, quantization
+from trivium.terminal import size
 
 if TYPE_CHECKING:
     from trivium.data.chat import ChatTemplate
@@ -102,7 +105,13 @@ def quantize_layers(model: LanguageModel, how: str) -> None:
 def attach(model: LanguageModel, settings: Settings, seed: int) -> Attached:
     """Hold the base as the settings ask, and hang a new adapter in it. Raises RecipeError, ModelError."""
     from trivium.peft import base
+    from trivium.train.machine import free_memory
 
+    plan = base.plan_for(model.hf, settings)
+    # weight, gradient and two moments, of four bytes each
+    needed = 16 * sum(t.numel() for t in base.small_weights(plan.deltas).values()) if plan is not None else 0
+    if needed > (free := free_memory(str(model.device))):
+        raise RecipeError(f"the method's weights take {size(needed)}, and {size(free)} are free", "make it smaller")
     if (how := quantization(settings)) is not None:
         quantize_layers(model, how)
     return base.attach(model.hf, settings, seed)
@@ -244,9 +253,12 @@ def _revision(source: str) -> str | None:
 
 def round_to(hf: torch.nn.Module, dtype: torch.dtype) -> None:
     """What is measured from here on is what the folder will hold."""
+    from trivium.peft.base import kept_exact
+
+    exact = kept_exact(hf)
     with torch.no_grad():
         for p in hf.parameters():
-            if p.requires_grad and p.dtype != dtype:
+            if p.requires_grad and p.dtype != dtype and not exact:
                 p.copy_(p.to(dtype))
 
 
@@ -267,7 +279,9 @@ def save(model: LanguageModel, settings: Settings, base: str | None, folder: Pat
 def save_model(model: LanguageModel, folder: Path, template: ChatTemplate) -> None:
     """A whole model as `transformers` loads it, with its tokenizer and template, stopping where its turns end."""
     hf, attention = model.hf, model.hf.config._attn_implementation
-    state = {n: t.to(model.saved_dtype) if t.is_floating_point() else t for n, t in hf.state_dict().items()}
+    assert quantized(hf) is None, "packed layers are no whole model"
+    own = {n: t for n, t in hf.state_dict().items() if CHILD not in n.split(".")}  # an adapter is no part of its base
+    state = {n: t.to(model.saved_dtype) if t.is_floating_point() else t for n, t in own.items()}
     try:
         hf.config._attn_implementation = model.native_attention
         if hf.can_generate() and hf.generation_config is not None:

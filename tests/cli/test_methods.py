@@ -6,8 +6,10 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import trivium as package
+from trivium.folder import round_to
 from trivium.peft import METHODS, folder
 from trivium.peft.settings import PRESETS
 
@@ -105,6 +107,13 @@ def test_what_is_missing_is_said_before_anything_is_loaded(trivium, write_recipe
         ({"name": "houlsby", "skip_layers": 2}, "the model has 2 layers"),
         ({"name": "pissa", "r": 64}, "r is 64, more than a weight"),
         ({"name": "layer_norms", "quantize": "nf4"}, "no setting 'quantize'"),
+        ({"name": "qlora", "target_modules": ["q_proj"], "modules_to_save": ["down_proj"]}, "is held in nf4"),
+        (
+            {"name": "prefix", "num_virtual_tokens": 5000},
+            "5000 virtual tokens leave nothing of",
+        ),
+        ({"name": "lora", "alpha": 1e300}, "alpha is 1e+300"),
+        ({"name": "houlsby", "reduction_factor": 1e-300}, "reduction_factor is 1e-300"),
     ],
 )
 def test_mistakes_in_a_method(trivium, walk, write_recipe, tmp_path, sft, method, said):
@@ -112,6 +121,36 @@ def test_mistakes_in_a_method(trivium, walk, write_recipe, tmp_path, sft, method
     done = trivium("run", recipe, "--out", tmp_path / "run")
     assert (done.code, said in done.error) == (2, True), done.err
     assert len(done.error.strip().splitlines()) <= 3
+
+
+@pytest.mark.parametrize("chain", [("houlsby", "lora", "non-linear"), ("prompt", "full", "virtual tokens")])
+def test_a_chain_that_cannot_be_merged_is_said_at_once(trivium, walk, write_recipe, tmp_path, sft, dpo, chain):
+    first, then, said = chain
+    stages = [{"name": "chat", **sft, "method": first}, {"name": "next", **dpo, "from": "chat", "method": then}]
+    done = trivium("run", write_recipe(tmp_path, stages, model=str(walk.folder / "base")), "--out", tmp_path / "run")
+    assert (done.code, "stages.next.method: chat's adapter would have to be merged first" in done.error) == (2, True)
+    assert said in done.error
+    assert not (tmp_path / "run" / "chat").exists()
+
+
+def test_what_does_not_fit_into_memory_is_said(walk, monkeypatch):
+    monkeypatch.setattr("trivium.train.machine.free_memory", lambda device: 10_000)
+    with pytest.raises(package.UserError, match=r"the method's weights take .* and 10.0 kB are free"):
+        package.load(walk.folder / "base").attach("lora", r=100)
+
+
+def test_rounding_to_the_bases_dtype_takes_nothing_from_what_is_as_large_as_it(tmp_path, walk):
+    """PiSSA, OLoRA and DoRA hold numbers as large as the weights: they are kept in float32."""
+    for name in ("pissa", "olora", "dora"):
+        model = package.load(walk.folder / "base")
+        model._opened.model.saved_dtype = torch.bfloat16
+        model.attach(name, r=2)
+        ids = torch.arange(5, 40)[None]
+        before = model.hf(ids).logits
+        round_to(model.hf, torch.bfloat16)
+        assert torch.equal(model.hf(ids).logits, before)
+        model.save(tmp_path / name)
+        assert {t.dtype for t in load_file(tmp_path / name / folder.WEIGHTS).values()} == {torch.float32}
 
 
 def test_virtual_tokens_take_their_part_of_the_context(trivium, walk, write_recipe, tmp_path, sft, dpo):

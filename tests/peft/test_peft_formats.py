@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 import peft
 from trivium.errors import ModelError
 from trivium.peft import folder
-from trivium.peft.base import attach, continues, deltas, state
+from trivium.peft.base import attach, continues, deltas, merge, state
 from trivium.peft.settings import settings_of
 
 OURS = {
@@ -165,6 +165,40 @@ def test_one_side_of_what_is_tied_brings_the_other(tiny, logits, train, tmp_path
     folder.load(fresh, tmp_path)
     ids = torch.arange(24)[None]
     torch.testing.assert_close(fresh(ids).logits, theirs(ids).logits, rtol=1e-4, atol=2e-5)
+
+
+def test_what_is_tied_and_was_trained_apart_is_not_merged(tiny, tmp_path):
+    config = peft.LoraConfig(r=2, target_modules=["q_proj"], modules_to_save=["embed_tokens", "lm_head"])
+    theirs = peft.get_peft_model(tiny("gemma3"), config)
+    for name, parameter in theirs.named_parameters():
+        if "lm_head.modules_to_save" in name:
+            parameter.data += 1
+    theirs.save_pretrained(tmp_path)
+    model = tiny("gemma3")
+    folder.load(model, tmp_path)
+    with pytest.raises(ModelError, match="is shared with another module"):
+        merge(model)
+
+
+def test_a_pissa_folder_alone_says_what_it_is(tiny, tmp_path):
+    settings = settings_of({"name": "pissa", "r": 4, "alpha": 6, "target_modules": ["q_proj"]})
+    model = tiny("llama")
+    attach(model, settings, seed=0)
+    folder.save(model, tmp_path, base="tiny", settings=settings)
+    again = tiny("llama")
+    folder.load(again, tmp_path)
+    assert continues(again, settings_of(folder.method_in(tmp_path)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_are_refused(tiny, tmp_path, value):
+    settings = settings_of({"name": "ia3"})
+    model = tiny("llama")
+    attach(model, settings, seed=0)
+    next(iter(deltas(model).values())).ia3_l.data[0] = value
+    folder.save(model, tmp_path, base="tiny", settings=settings)
+    with pytest.raises(ModelError, match="no finite fractions"):
+        folder.load(tiny("llama"), tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss"])

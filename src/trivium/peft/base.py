@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from trivium.errors import ModelError
 from trivium.model.quantized import count
 from trivium.peft.delta import Delta, Plan
-from trivium.peft.hub import CHILD, DEFAULT, Hub, Use
+from trivium.peft.hub import CHILD, DEFAULT, Hub, Use, check_name
 from trivium.peft.kinds import Settings
 from trivium.peft.settings import METHODS, method_name
 from trivium.virtual import ADAPTERS
@@ -92,6 +92,7 @@ def hang(
     The adapter acts from now on, instead of any other.
     """
     assert not deltas(model, name), f"the model has an adapter {name!r} already: merge or detach it first"
+    check_name(name)
     model.requires_grad_(False)
     use: Use = getattr(model, ADAPTERS, None) or Use()
     setattr(model, ADAPTERS, use)
@@ -156,10 +157,13 @@ def continues(model: nn.Module, settings: Settings) -> bool:
     be hung: the same targets, kinds, shapes and constants. Dropout may differ, being no part of the function.
     """
     plan = plan_for(model, settings)
-    hung = deltas(model)
-    if plan is None or plan.deltas.keys() != hung.keys():
-        return False
-    return all(_signature(plan.deltas[name]) == _signature(delta) for name, delta in hung.items())
+    return plan is not None and alike(plan.deltas, deltas(model))
+
+
+def alike(one: dict[str, Any], other: dict[str, Any]) -> bool:
+    """Whether two sets of deltas are the same function of their weights."""
+    same_places = one.keys() == other.keys()
+    return same_places and all(_signature(one[name]) == _signature(delta) for name, delta in other.items())
 
 
 def _signature(delta: Delta) -> tuple[Any, ...]:
@@ -246,6 +250,11 @@ def check_same(mine: dict[str, Tensor], small: dict[str, Tensor]) -> None:
             raise ModelError(f"{name} has shape {shapes}", remedy)
 
 
+def kept_exact(model: nn.Module) -> bool:
+    """Whether the adapter is of a kind that is saved in float32, whatever the base is saved in."""
+    return any(delta.exact for delta in deltas(model).values())
+
+
 def rates(model: nn.Module) -> dict[str, float]:
     """Factors on the learning rate that deltas ask for, by the parameter's full name in ``model``."""
     found: dict[str, float] = {}
@@ -281,13 +290,14 @@ def obstacle(model: nn.Module, name: str = DEFAULT) -> ModelError | None:
     for _, target, delta in pairs:
         if (found := delta.obstacle(target)) is not None:
             return found
-    for path, target, delta, key in changed:
+    for path, target, _, key in changed:
         tensor = id(getattr(target, key))
-        # copies of what is tied change it alike; two updates of one weight would add up
-        if owners[tensor] > touched[tensor] or (touched[tensor] > 1 and not delta.replaces):
+        # one copy of what is tied changes it alike; two updates, or copies trained apart, would not
+        apart = {id(getattr(one, "held", one)) for _, t, one, k in changed if id(getattr(t, k)) == tensor}
+        if owners[tensor] > touched[tensor] or len(apart) > 1:
             return ModelError(
                 f"{path} is shared with another module and cannot take in the adapter",
-                "Keep the adapter as a folder of its own, or leave this module out of target_modules.",
+                "Keep the adapter as a folder of its own; or train without this module, or with all that share it.",
             )
     return None
 

@@ -8,6 +8,7 @@ from typing import Any
 from trivium.errors import RecipeError, listed, nearest
 
 ALL_LINEAR = "all-linear"
+LARGEST = 1_000_000
 
 TargetModules = str | tuple[str, ...]
 
@@ -22,7 +23,8 @@ def is_number(value: object) -> bool:
 
 
 def above_0(name: str, value: Any, otherwise: str = "") -> None:
-    if not is_number(value) or not 0 < value < float("inf"):
+    # Far beyond what makes sense on both sides, so that products of such numbers stay numbers.
+    if not is_number(value) or not 1 / LARGEST <= value <= LARGEST:
         raise RecipeError(f"{name} is {value!r}", f"{name} is a number above 0{'; ' * bool(otherwise)}{otherwise}.")
 
 

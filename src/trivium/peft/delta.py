@@ -25,6 +25,7 @@ class Delta(nn.Module):
 
     token_wise = True  # whether it treats every token by itself, so that it may act on some of a line only
     changes_input = False  # whether ``inputs`` does anything
+    exact = False  # whether rounding its weights would show, as they are as large as the base's: saved in float32
     starts_as_base = True  # whether ``reset`` makes it change nothing
 
     def __init__(self) -> None:

@@ -27,6 +27,7 @@ from trivium.peft.targets import add_to_weight, weight_of
 class DoRA(LoRA):
     """A LoRA whose target's rows have a trained magnitude."""
 
+    exact = True
     row_squares: Tensor
 
     def __init__(self, target: nn.Module, *settings: Any) -> None:

@@ -26,8 +26,8 @@ from trivium.peft import peft_format
 from trivium.peft.base import Attached, check_same, copy_in, hang, small_weights
 from trivium.peft.hub import DEFAULT
 from trivium.peft.kinds import QUANTIZATIONS, FullSettings, LoRASettings, Settings
-from trivium.peft.lora_starts import Started
-from trivium.peft.peft_format import MERGE, Read, Source, common, hung_of
+from trivium.peft.lora_starts import plain_alpha
+from trivium.peft.peft_format import MERGE, PREFIX, Read, Source, common, hung_of
 from trivium.peft.peft_lora import LORA
 from trivium.peft.settings import method_name, settings_for
 
@@ -75,7 +75,7 @@ def save(
     else:
         config = {TYPE: method_name(settings), BASE: base, **asdict(settings)}
         small = small_weights(hung, fixed=True)
-    held = torch.float32 if any(isinstance(delta, Started) for delta in hung.values()) else dtype  # a difference
+    held = torch.float32 if any(delta.exact for delta in hung.values()) else dtype
     ready = {key: tensor.detach().to("cpu", held).contiguous() for key, tensor in small.items()}
     # Modules that share a weight are written one by one, as their readers want them.
     ready = {key: tensor.clone() if _shared(tensor, key, ready) else tensor for key, tensor in ready.items()}
@@ -184,9 +184,30 @@ def method_in(folder: Path) -> dict[str, Any] | None:
     name, words = WORDS[peft_type]
     found = {ours: config[theirs] for theirs, ours in words.items() if config.get(theirs)}
     beside = {k: v for k, v in written_beside(folder).items() if v is not None}
-    if beside.get("init_lora_weights"):  # written as a plain LoRA of twice the rank; settings of the folder tell it all
-        return None
+    if peft_type == "LORA" and (modules := _adapted(folder)):
+        found["target_modules"] = modules  # what the tensors say: patterns and chosen layers are theirs to read
+    if beside.get("init_lora_weights"):  # written as a plain LoRA of twice the rank
+        once = 1 / plain_alpha(1, bool(found.get("rslora")))
+        for key, factor in (("r", 0.5), ("alpha", once), ("rank_pattern", 0.5), ("alpha_pattern", once)):
+            found |= {key: _times(found[key], factor)} if key in found else {}
     return {"name": name, **found, **beside}
+
+
+def _adapted(folder: Path) -> list[str]:
+    """The linear modules whose LoRAs a folder holds."""
+    ending = ".lora_A.weight"
+    with safe_open(_inside(folder, WEIGHTS), "pt") as file:
+        names = [n.removeprefix(PREFIX).removesuffix(ending) for n in file.keys() if n.endswith(ending)]  # noqa: SIM118
+    return sorted(n for n in names if not n.endswith((".experts", ".base_layer")))
+
+
+def _times(value: Any, factor: float) -> Any:
+    """A number, or every number of a mapping; whole ones stay whole."""
+    if isinstance(value, dict):
+        return {key: _times(one, factor) for key, one in value.items()}
+    if not isinstance(value, (int, float)):
+        return value
+    return int(value * factor) if float(value * factor).is_integer() else value * factor
 
 
 def _own_settings(config: dict[str, Any], folder: Path) -> Settings:
@@ -214,6 +235,9 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         size, dtypes = sum(t.nbytes for t in found.values()), {str(t.dtype)[6:] for t in found.values()}
         if "bytes" in told and (str(size), ",".join(sorted(dtypes))) != (told["bytes"], told["dtype"]):
             raise ValueError(f"{size} bytes of {sorted(dtypes)}, and it says {told['bytes']} of {told['dtype']}")
+        for name, tensor in found.items():
+            if not tensor.is_floating_point() or tensor.ndim == 0 or not bool(torch.isfinite(tensor).all()):
+                raise ValueError(f"{name} holds values that are no finite fractions")
         return found
     except (OSError, SafetensorError, ValueError, KeyError) as error:
         raise ModelError(f"{path} cannot be read: {error}", "The file is damaged or cut; fetch it again.") from None

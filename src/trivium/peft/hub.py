@@ -143,9 +143,7 @@ class Hub(nn.ModuleDict):
         return hub
 
     def hang(self, name: str, delta: nn.Module) -> None:
-        """Add the delta of an adapter. Raises RecipeError for a name that cannot be one."""
-        if not name.replace("-", "_").isidentifier() or hasattr(self, name):
-            raise RecipeError(f"{name!r} cannot be an adapter's name", "use letters, digits, - and _")
+        """Add the delta of an adapter."""
         self[name] = delta
 
     def of(self, adapter: str | None) -> Any:
@@ -166,6 +164,15 @@ class Hub(nn.ModuleDict):
         if self.use.spans:
             return not any(self.of(span.adapter) is not None for span in self.use.spans)
         return not any(name in self for name in self.use.active)
+
+
+def check_name(name: str) -> None:
+    """Raises RecipeError for what cannot be an adapter's name."""
+    if not name.replace("-", "_").isidentifier() or hasattr(Hub, name) or name in ("use", "handles", "kept"):
+        raise RecipeError(
+            f"{name!r} cannot be an adapter's name",
+            "begin with a letter; use letters, digits, - and _; or another word",
+        )
 
 
 # --- the hooks of every target; they find the hub by name, so a deepcopied target calls its own

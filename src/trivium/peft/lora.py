@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trivium.errors import ModelError
+from trivium.errors import ModelError, RecipeError
 from trivium.peft.checks import ALL_LINEAR
 from trivium.peft.delta import Delta, Plan
 from trivium.peft.kinds import LoRASettings
@@ -97,6 +97,11 @@ def build(model: nn.Module, settings: LoRASettings) -> Plan:
     notes = frozen_note(model) if told else []
     if settings.modules_to_save is not None:
         whole, asked = copies_of(model, settings.modules_to_save, apart_from=made)
+        if settings.quantize and (packed := sorted(asked & {*find_targets(model, ALL_LINEAR)})):
+            raise RecipeError(
+                f"modules_to_save: {packed[0]} is held in {settings.quantize}, and cannot be trained",
+                "Leave it out, or leave out quantize.",
+            )
         made |= whole
         notes += [f"{name} is tied to one of modules_to_save, and trained with it" for name in whole.keys() - asked]
     return Plan(made, notes)

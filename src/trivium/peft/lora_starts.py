@@ -33,6 +33,7 @@ ITERATIONS = 16  # as many as PiSSA's own fast variant takes at most
 class Started(LoRA):
     """A LoRA whose start is subtracted from it."""
 
+    exact = True
     start_A: Tensor
     start_B: Tensor
 

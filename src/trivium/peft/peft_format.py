@@ -32,7 +32,8 @@ MERGE = "Merge the adapter into its base with PEFT and use the merged model."
 
 # What says nothing about the result: the tensors tell the modules, the modules tell their own orientation.
 HARMLESS = (
-    "auto_mapping", "base_model_name_or_path", "exclude_modules", "fan_in_fan_out", "inference_mode", "init_weights",
+    "auto_mapping", "base_model_name_or_path", "eva_config", "exclude_modules", "fan_in_fan_out",
+    "inference_mode", "init_weights",
     "layers_pattern", "layers_to_transform", "megatron_core", "peft_type", "peft_version", "qalora_group_size",
     "revision", "target_modules", "task_type",
 )  # fmt: skip
@@ -163,7 +164,7 @@ def _read_vera(model: nn.Module, source: Source) -> Read:
     source.check_keys(("r", "vera_dropout", "d_initial", "save_projection", "projection_prng_key"))
     small = dict(source.small)
     pair = [small.pop(f"base_model.vera_{which}", None) for which in "AB"]
-    if pair[0] is None or pair[1] is None:
+    if pair[0] is None or pair[1] is None or pair[0].ndim != 2 or pair[1].ndim != 2:
         raise ModelError(
             f"{source.folder} holds no vera_A and vera_B", "Save it again in PEFT with save_projection=True."
         )
@@ -211,6 +212,8 @@ def _read_ia3(model: nn.Module, source: Source) -> Read:
     source.check_keys(("feedforward_modules", "init_ia3_weights"))
     found = by_target(source, {"ia3_l": "ia3_l"})
     linear = linear_targets(model, source, found)
+    if wrong := [name for name, one in found.items() if one["ia3_l"].ndim != 2]:
+        raise ModelError(f"{source.folder}: the scale of {wrong[0]} is no matrix", "Fetch the adapter again.")
     # A matrix of one row scales the input, of one column the output.
     down = [name for name in linear if len(found[name]["ia3_l"]) == 1]
     settings = source.built(kinds.IA3Settings, target_modules=list(linear), feedforward_modules=down or None)

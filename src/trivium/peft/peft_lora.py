@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from trivium.errors import ModelError
+from trivium.peft.checks import is_number
 from trivium.peft.copies import Copies, tied_copies
 from trivium.peft.delta import Delta, Plan
 from trivium.peft.dora import DoRA
@@ -205,7 +206,7 @@ def _settings(source: Source, parts: dict[str, Any]) -> LoRASettings:
     r, alpha = config.get("r", 8), config.get("lora_alpha", 8)  # PEFT's own defaults, for keys an old folder leaves out
     ranks = _per_target(source, "rank_pattern", parts["lora"])
     alphas = _per_target(source, "alpha_pattern", parts["lora"])
-    if start:  # written as a plain LoRA of twice the rank
+    if start and is_number(r) and is_number(alpha):  # written as a plain LoRA of twice the rank
         rslora = bool(config.get("use_rslora"))
         r, alpha = (r // 2 if isinstance(r, int) else r), alpha / plain_alpha(1, rslora)
         ranks = {name: value // 2 for name, value in ranks.items()}

@@ -20,6 +20,8 @@ from trivium.peft.kinds import PrefixSettings
 from trivium.peft.prompt import NoPlace, refuse_lookups
 from trivium.virtual import Virtual
 
+ATTENTION_KINDS = ("full_attention", "sliding_attention", "chunked_attention")
+
 
 class Prefix(NoPlace):
     """The keys and values of one layer; they hang under its attention."""
@@ -37,6 +39,10 @@ def build(model: nn.Module, settings: PrefixSettings) -> Plan:
     """Keys and values for every layer. Raises ModelError for an attention that has none of the usual kind."""
     config = targets.text_config(model)
     refuse_lookups(model, "prefix")
+    kinds = set(getattr(config, "layer_types", None) or ()) - {*ATTENTION_KINDS}
+    if kinds:
+        has = ", ".join(sorted(kinds))
+        raise ModelError(f"prefix: {type(model).__name__} has layers of {has}", "Choose another method.")
     if getattr(config, "kv_lora_rank", None):
         raise ModelError(f"prefix: {type(model).__name__} keeps compressed keys and values", "Choose another method.")
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
