@@ -100,6 +100,9 @@ def quantize_layers(model: LanguageModel, how: str) -> None:
     from trivium.peft.targets import find_targets
 
     quantize(model.hf, find_targets(model.hf, ALL_LINEAR), how)
+    for parameter in model.hf.parameters():
+        # what is left may be the only reader of a file that is mapped into memory whole, the unpacked weights with it
+        parameter.data = parameter.data.clone()
 
 
 def attach(model: LanguageModel, settings: Settings, seed: int) -> Attached:

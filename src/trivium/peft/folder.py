@@ -194,11 +194,14 @@ def method_in(folder: Path) -> dict[str, Any] | None:
 
 
 def _adapted(folder: Path) -> list[str]:
-    """The linear modules whose LoRAs a folder holds."""
+    """The linear modules whose LoRAs a folder holds; none where it cannot be read, which reading the weights tells."""
     ending = ".lora_A.weight"
-    with safe_open(_inside(folder, WEIGHTS), "pt") as file:
-        names = [n.removeprefix(PREFIX).removesuffix(ending) for n in file.keys() if n.endswith(ending)]  # noqa: SIM118
-    return sorted(n for n in names if not n.endswith((".experts", ".base_layer")))
+    try:
+        with safe_open(_inside(folder, WEIGHTS), "pt") as file:
+            names = [name.removesuffix(ending) for name in list(file.keys()) if name.endswith(ending)]
+    except (OSError, SafetensorError, ValueError, ModelError):
+        return []
+    return sorted(n.removeprefix(PREFIX) for n in names if not n.endswith((".experts", ".base_layer")))
 
 
 def _times(value: Any, factor: float) -> Any:
