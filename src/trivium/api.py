@@ -34,7 +34,7 @@ from trivium.peft import base as deltas
 from trivium.peft.kinds import FullSettings, Settings, quantization
 from trivium.peft.settings import method_name, settings_of
 from trivium.recipe import DataSource, Stage
-from trivium.recipe_file import read_recipe, recipe_of
+from trivium.recipe_file import any_recipe
 from trivium.stage_data import InMemory, packed, stage_examples
 from trivium.stage_proof import probe
 from trivium.stage_runner import run_stage
@@ -62,10 +62,7 @@ def run(
     (`trivium.evaluate.judge`). What was interrupted goes on; ``fresh`` starts over and keeps the old folder aside,
     ``accept_changed_data`` goes on with other rows. Raises a UserError with what is wrong and what to do.
     """
-    if isinstance(recipe, Mapping):
-        read = recipe_of(dict(recipe), Path("recipe"), list(overrides))
-    else:
-        read = read_recipe(Path(recipe), list(overrides))
+    read = any_recipe(recipe, overrides)
     folder = Path(out) if out is not None else Path("runs") / read.name
     return run_recipe(read, folder, until, judge, fresh, accept_changed_data)
 

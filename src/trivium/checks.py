@@ -96,6 +96,6 @@ def _check_merges(model: Any, stages: list[Stage], plans: dict[str, Any]) -> Non
         if own is not None and same_base and alike(parent.deltas, own.deltas):
             continue  # it goes on with its parent's adapter
         for name, delta in parent.deltas.items():
-            if (found := delta.obstacle(model.hf.get_submodule(name))) is not None and "quantised" not in found.what:
+            if (found := delta.obstacle(model.hf.get_submodule(name))) is not None:
                 what = f"stages.{stage.name}.method: {before.name}'s adapter would have to be merged first"
                 raise RecipeError(f"{what}: {found.what}", f"keep the method of {before.name}, or start elsewhere")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from trivium.errors import DiskError, ModelError, RecipeError
 from trivium.files import sha256_json, whole_folder, write_json
-from trivium.folder import Opened, identity_of, is_adapter, open_folder, place, record_of, save, save_model
+from trivium.folder import Opened, base_of, identity_of, is_adapter, open_folder, place, save, save_model
 from trivium.model.language_model import LanguageModel
 from trivium.model.proof import TOLERANCE
 from trivium.model.quantized import unpack
@@ -30,6 +30,7 @@ from trivium.peft.hub import DEFAULT
 from trivium.peft.kinds import FullSettings, LoRASettings, quantization
 from trivium.peft.lora import LoRA
 from trivium.peft.lora_starts import Started
+from trivium.start import link_of
 
 PROBES = (
     "The capital of France is",
@@ -90,9 +91,10 @@ def merge(
         opened = open_folder(sources[0], "float32")
     else:
         opened = combined(sources, combination or Combination())
-    lineage = [link for source in sources for link in lineage_of(source)]
+    links = [link_of(source) for source in sources]
     how = asdict(combination) if combination else "merged"
-    identity = sha256_json([*(identity_of(source) for source in sources), how])
+    identity = sha256_json([*(link.identity for link in links), how])
+    lineage = [step for link in links for step in link.lineage]
     own = {"name": out.name, "stage": "merge", "method": None, "identity": identity}
     record: dict[str, Any] = {"trivium": 1, "identity": identity, "lineage": [*lineage, own], "base": None}
     gate = None
@@ -116,13 +118,6 @@ def _write(opened: Opened, partial: Path, final: Path, record: dict[str, Any]) -
     write_json(partial / "trivium.json", record)
 
 
-def lineage_of(source: str) -> list[dict[str, Any]]:
-    """Every step that a folder's model has gone through."""
-    record = record_of(Path(source).expanduser()) or {}
-    own = {"name": source, "stage": "given", "method": None, "identity": identity_of(source)}
-    return list(record.get("lineage") or [own])
-
-
 # --- the gate
 
 
@@ -132,7 +127,7 @@ def merge_model(opened: Opened) -> Gate:
     Raises ModelError where it cannot be merged, or where the merged model is another one.
     """
     model = opened.model
-    if (found := _obstacle(model)) is not None:
+    if (found := deltas.obstacle(model.hf)) is not None:
         raise found
     rows = probes(model)
     expected = _logits(model, rows)
@@ -152,19 +147,13 @@ def merge_model(opened: Opened) -> Gate:
     return gate
 
 
-def _obstacle(model: LanguageModel) -> ModelError | None:
-    """What hinders the merge, but for quantised layers, which are unpacked for it."""
-    found = deltas.obstacle(model.hf)
-    return None if found is not None and "quantised" in found.what else found
-
-
 def merge_difference(source: str) -> float | None:
     """Largest difference of logits between an adapter and its merged model on the probes; None where nothing can be
     merged, or nothing has to."""
     if not is_adapter(Path(source).expanduser()):
         return None
     opened = open_folder(source, "float32")
-    return None if _obstacle(opened.model) is not None else merge_model(opened).logits
+    return None if deltas.obstacle(opened.model.hf) is not None else merge_model(opened).logits
 
 
 def probes(model: LanguageModel) -> list[list[int]]:
@@ -208,7 +197,7 @@ def combined(sources: Sequence[str], combination: Combination) -> Opened:
     names = [DEFAULT, *(f"adapter{n}" for n in range(1, len(sources)))]
     settings = [opened.settings]
     for source, name in zip(sources[1:], names[1:], strict=True):
-        other = _base_of(source)
+        other = base_of(Path(source).expanduser())
         if identity_of(other) != identity_of(base):
             raise ModelError(
                 f"{source} is an adapter on another base ({other}) than {sources[0]} ({base})",
@@ -224,12 +213,6 @@ def combined(sources: Sequence[str], combination: Combination) -> Opened:
         deltas.detach(model, name)
     opened.settings = _hang(model, made, quantization(settings[0]))
     return opened
-
-
-def _base_of(source: str) -> str:
-    from trivium.folder import base_of
-
-    return base_of(Path(source).expanduser())
 
 
 def _factors(model: torch.nn.Module, name: str, source: str) -> dict[str, Factors]:

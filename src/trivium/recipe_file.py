@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,13 @@ from pydantic import ValidationError
 
 from trivium.errors import RecipeError, listed, nearest
 from trivium.recipe import MEND, DataSource, Recipe, Stage
+
+
+def any_recipe(recipe: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
+    """A recipe from a YAML file, or from the same as a mapping. Raises RecipeError."""
+    if isinstance(recipe, Mapping):
+        return recipe_of(dict(recipe), Path("recipe"), list(overrides))
+    return read_recipe(Path(recipe), list(overrides))
 
 
 def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:

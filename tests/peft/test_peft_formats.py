@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 import peft
 from trivium.errors import ModelError
-from trivium.peft import folder
+from trivium.peft import folder, lora_starts
 from trivium.peft.base import attach, continues, deltas, merge, state
 from trivium.peft.settings import settings_of
 
@@ -178,6 +178,20 @@ def test_what_is_tied_and_was_trained_apart_is_not_merged(tiny, tmp_path):
     folder.load(model, tmp_path)
     with pytest.raises(ModelError, match="is shared with another module"):
         merge(model)
+
+
+def test_pissa_by_iteration_finds_what_the_whole_decomposition_finds(tiny, monkeypatch):
+    settings = settings_of({"name": "pissa", "r": 4, "target_modules": ["down_proj"]})
+    left = []  # of each weight, when its start is taken away: nothing of rank 4 leaves less than the exact one
+    for exact in (1024, 8):
+        monkeypatch.setattr(lora_starts, "EXACT", exact)
+        model = tiny("llama")
+        attach(model, settings, seed=0)
+        pairs = [(model.get_submodule(name).weight, delta) for name, delta in deltas(model).items()]
+        left.append([float((w - d.scale * d.start_B @ d.start_A).norm()) for w, d in pairs])
+    for one, other in zip(*left, strict=True):
+        assert one != other
+        assert one <= other * (1 + 1e-6) <= one * (1 + 1e-4)
 
 
 def test_a_pissa_folder_alone_says_what_it_is(tiny, tmp_path):

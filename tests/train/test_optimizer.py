@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from trivium.model.new import new_model
 from trivium.peft import LoRASettings
-from trivium.peft.base import attach
+from trivium.peft.base import attach, rates
 from trivium.peft.targets import decoder_layers
 from trivium.train.optimizer import Muon, build_optimizers, orthogonalised, set_rate
 
@@ -166,3 +166,16 @@ def test_it_learns(name):
             optimizer.step()
             optimizer.zero_grad()
     assert losses[-1] < losses[0] - 1
+
+
+def test_what_wants_another_rate_has_its_own_group():
+    """LoRA+: B at 16 times the rate of A, along the whole course, and the same weight decay."""
+    model = tiny()
+    attach(model, LoRASettings(r=2, loraplus_lr_ratio=16.0), seed=0)
+    (optimizer,) = build_optimizers(model, set(), "adamw", 0.01, 0.1, rates(model))
+    slow, fast = optimizer.param_groups
+    assert {n.rpartition(".")[2] for n in names(model, slow)} == {"lora_A"}
+    assert {n.rpartition(".")[2] for n in names(model, fast)} == {"lora_B"}
+    assert slow["weight_decay"] == fast["weight_decay"] == 0.1
+    set_rate([optimizer], 0.5)
+    assert [slow["lr"], fast["lr"]] == pytest.approx([0.005, 0.08])

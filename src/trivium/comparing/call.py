@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from trivium.comparing.comparison import compare as compared
-from trivium.recipe_file import read_recipe, recipe_of
+from trivium.recipe_file import any_recipe
 
 
 def compare(
@@ -25,9 +25,6 @@ def compare(
     ``key=value`` as `--set` takes them. Each run is a process of its own; what was interrupted goes on. Raises a
     UserError where the comparison cannot begin, or every way fails.
     """
-    if isinstance(recipe, Mapping):
-        read = recipe_of(dict(recipe), Path("recipe"), list(overrides))
-    else:
-        read = read_recipe(Path(recipe), list(overrides))
+    read = any_recipe(recipe, overrides)
     folder = Path(out) if out is not None else Path("runs") / f"{read.name}-compare"
     return compared(read, folder, methods, seeds, stage)

@@ -11,7 +11,7 @@ keeps its parameter names, and what no adapter acts on is the base's own computa
 float32; a delta computes in the dtype of its target's output. Several adapters may hang in one base, each under its
 name; all verbs here mean the one called "default" where none is named.
 
-Cost: a delta's own products, and one Python call per target; no second copy of any base weight that is not trained.
+Cost: a delta's own products, and two Python calls per target; no second copy of any base weight that is not trained.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ def hang(
     for target_name, delta in plan.deltas.items():
         target = model.get_submodule(target_name)
         delta.to_empty(device=_device(target))
-        Hub.on(target, use).hang(name, delta.requires_grad_(True))
+        Hub.on(target, use)[name] = delta.requires_grad_(True)
     fill(plan.deltas)
     for target_name, delta in plan.deltas.items():
         if not any(tensor.is_meta for tensor in (*delta.parameters(), *delta.buffers())):
@@ -281,8 +281,8 @@ def detach(model: nn.Module, name: str = DEFAULT) -> None:
 
 
 def obstacle(model: nn.Module, name: str = DEFAULT) -> ModelError | None:
-    """Why an adapter cannot be merged into the base, or None: its method cannot, or a target's weight is quantised or
-    shared with another module (the other would change with it)."""
+    """Why an adapter cannot be merged into the base, or None: its method cannot, or a target's weight is shared with
+    another module (the other would change with it)."""
     pairs = [(path, model.get_submodule(path), delta) for path, delta in deltas(model, name).items()]
     owners = Counter(id(p) for _, p in model.named_parameters(remove_duplicate=False))
     changed = [(f"{path}.{key}", target, delta, key) for path, target, delta in pairs for key in delta.changes]
@@ -305,10 +305,18 @@ def obstacle(model: nn.Module, name: str = DEFAULT) -> ModelError | None:
 def merge(model: nn.Module, name: str = DEFAULT) -> None:
     """Fold every delta of an adapter into the base, in float32, and detach it. All or nothing.
 
-    The sum is rounded to the dtype of the base's weight. Raises ModelError where there is an `obstacle`.
+    The sum is rounded to the dtype of the base's weight. Raises ModelError where there is an `obstacle`, or a weight is
+    packed in 4 or 8 bit.
     """
     if (found := obstacle(model, name)) is not None:
         raise found
+    for path, delta in deltas(model, name).items():
+        for key in delta.changes:
+            if not (tensor := getattr(model.get_submodule(path), key)).is_floating_point():
+                raise ModelError(
+                    f"an adapter cannot be merged into a quantised weight ({path}.{key}, {tensor.dtype})",
+                    "Load the base unquantised and merge into that.",
+                )
     with torch.no_grad():
         for path, delta in deltas(model, name).items():
             delta.merge(model.get_submodule(path))

@@ -16,7 +16,6 @@ Shapes:  N tokens (all leading dimensions),  d: width of the residual stream,  r
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
@@ -26,7 +25,7 @@ from torch.nn import functional as F
 from trivium.errors import ModelError, RecipeError
 from trivium.peft import targets
 from trivium.peft.checks import ALL_LINEAR
-from trivium.peft.delta import Delta, Plan
+from trivium.peft.delta import Delta, Plan, kaiming
 from trivium.peft.kinds import BottleneckSettings
 
 FUNCTIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -57,10 +56,8 @@ class Bottleneck(NonLinear):
         self.up_bias = nn.Parameter(torch.empty(n_out, dtype=torch.float32))
 
     def reset(self, target: nn.Module, generator: torch.Generator) -> None:
-        start = torch.empty(self.down.shape)
-        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+        kaiming(self.down, generator)
         with torch.no_grad():
-            self.down.copy_(start)
             for zero in (self.down_bias, self.up, self.up_bias):
                 zero.zero_()
 

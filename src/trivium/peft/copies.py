@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping
 import torch
 from torch import Tensor, nn
 
-from trivium.errors import ModelError, RecipeError, listed, nearest
+from trivium.errors import RecipeError, listed, nearest
 from trivium.peft.delta import Delta
 from trivium.peft.targets import matches
 
@@ -40,10 +40,6 @@ class Copies(Delta):
     def replaces(self) -> tuple[str, ...]:
         return self.keys
 
-    @property
-    def changes(self) -> tuple[str, ...]:
-        return self.keys
-
     def reset(self, target: nn.Module, generator: torch.Generator) -> None:
         with torch.no_grad():
             for key in self.keys:
@@ -51,9 +47,6 @@ class Copies(Delta):
 
     def tensors(self, target: nn.Module, name: str, tensor: Tensor) -> Tensor:
         return self.held.get_parameter(name).to(tensor.dtype)
-
-    def obstacle(self, target: nn.Module) -> ModelError | None:
-        return None
 
     def merge(self, target: nn.Module) -> None:
         for key in self.keys:

@@ -5,6 +5,7 @@ See `base.py` for what can be done with them, and `hub.py` for how they act.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -66,8 +67,8 @@ class Delta(nn.Module):
         return None
 
     def obstacle(self, target: nn.Module) -> ModelError | None:
-        """Why this delta cannot be merged into ``target``, or None."""
-        raise NotImplementedError
+        """Why this method cannot be merged into ``target``, or None."""
+        return None
 
     def merge(self, target: nn.Module) -> None:
         """Fold into ``target``'s own tensors, computed in float32, where there is no obstacle."""
@@ -76,7 +77,15 @@ class Delta(nn.Module):
     @property
     def changes(self) -> tuple[str, ...]:
         """The target's tensors that merging changes."""
-        return ("weight",)
+        return self.replaces or ("weight",)
+
+
+def kaiming(parameter: Tensor, generator: torch.Generator) -> None:
+    """Fill in place as `nn.Linear` does, drawing on the CPU: the start of what is multiplied with inputs."""
+    start = torch.empty(parameter.shape)
+    nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+    with torch.no_grad():
+        parameter.copy_(start)
 
 
 @dataclass(frozen=True)

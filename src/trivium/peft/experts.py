@@ -10,14 +10,12 @@ Shapes:  E experts,  in, out: one expert's,  r: rank.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
-from trivium.errors import ModelError
-from trivium.peft.delta import Delta
+from trivium.peft.delta import Delta, kaiming
 from trivium.peft.kinds import LoRASettings
 from trivium.peft.lora import scale_of
 from trivium.peft.targets import bare_parameters, select
@@ -54,10 +52,6 @@ class ExpertLoRA(Delta):
     def replaces(self) -> tuple[str, ...]:
         return self.keys
 
-    @property
-    def changes(self) -> tuple[str, ...]:
-        return self.keys
-
     def factors(self, key: str) -> Factors:
         found = self.get_submodule(key)
         assert isinstance(found, Factors)
@@ -66,11 +60,8 @@ class ExpertLoRA(Delta):
     def reset(self, target: nn.Module, generator: torch.Generator) -> None:
         for key in self.keys:
             one = self.factors(key)
-            start = torch.empty(one.lora_A.shape)
-            nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
-            with torch.no_grad():
-                one.lora_A.copy_(start)
-                one.lora_B.zero_()
+            kaiming(one.lora_A, generator)
+            nn.init.zeros_(one.lora_B)
 
     def tensors(self, target: nn.Module, name: str, tensor: Tensor) -> Tensor:
         """``[E, out, in]``, or as the target has it."""
@@ -85,9 +76,6 @@ class ExpertLoRA(Delta):
 
     def rates(self) -> dict[str, float]:
         return {f"{key}.lora_B": self.b_rate for key in self.keys} if self.b_rate != 1 else {}
-
-    def obstacle(self, target: nn.Module) -> ModelError | None:
-        return None
 
     def merge(self, target: nn.Module) -> None:
         for key in self.keys:

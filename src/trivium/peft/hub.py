@@ -142,10 +142,6 @@ class Hub(nn.ModuleDict):
             ]
         return hub
 
-    def hang(self, name: str, delta: nn.Module) -> None:
-        """Add the delta of an adapter."""
-        self[name] = delta
-
     def of(self, adapter: str | None) -> Any:
         """The delta of an adapter, or None."""
         return self[adapter] if adapter is not None and adapter in self else None

@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from trivium.errors import ModelError, RecipeError
+from trivium.errors import RecipeError
 from trivium.peft.delta import Delta, Plan
 from trivium.peft.kinds import IA3Settings
 from trivium.peft.targets import (
@@ -22,7 +22,6 @@ from trivium.peft.targets import (
     find_targets,
     linear_shape,
     matches,
-    quantised,
     weight_of,
 )
 
@@ -52,9 +51,6 @@ class IA3(Delta):
 
     def forward(self, target: nn.Module, x: Tensor, output: Tensor) -> Tensor:
         return output if self.feedforward else output * self.ia3_l.to(output.dtype)
-
-    def obstacle(self, target: nn.Module) -> ModelError | None:
-        return quantised(target)
 
     def merge(self, target: nn.Module) -> None:
         scale = self.ia3_l if self.feedforward else self.ia3_l[:, None]

@@ -18,11 +18,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trivium.errors import ModelError, RecipeError
+from trivium.errors import RecipeError
 from trivium.peft.checks import ALL_LINEAR
-from trivium.peft.delta import Delta, Plan
+from trivium.peft.delta import Delta, Plan, kaiming
 from trivium.peft.kinds import LoRASettings
-from trivium.peft.targets import add_to_weight, find_targets, frozen_note, linear_shape, quantised, value_for
+from trivium.peft.targets import add_to_weight, find_targets, frozen_note, linear_shape, value_for
 
 
 class LoRA(Delta):
@@ -38,10 +38,8 @@ class LoRA(Delta):
         self.lora_B = nn.Parameter(torch.empty(n_out, r, dtype=torch.float32))
 
     def reset(self, target: nn.Module, generator: torch.Generator) -> None:
-        start = torch.empty(self.lora_A.shape)
-        nn.init.kaiming_uniform_(start, a=math.sqrt(5), generator=generator)
+        kaiming(self.lora_A, generator)
         with torch.no_grad():
-            self.lora_A.copy_(start)
             self.lora_B.zero_()
 
     def forward(self, target: nn.Module, x: Tensor, output: Tensor) -> Tensor:
@@ -69,9 +67,6 @@ class LoRA(Delta):
 
     def rates(self) -> dict[str, float]:
         return {"lora_B": self.b_rate} if self.b_rate != 1 else {}
-
-    def obstacle(self, target: nn.Module) -> ModelError | None:
-        return quantised(target)
 
     def merge(self, target: nn.Module) -> None:
         add_to_weight(target, self.update())

@@ -91,18 +91,6 @@ def add_to_weight(module: nn.Module, update: Tensor) -> None:
         weight.copy_(weight.float() + (update.t() if isinstance(module, Conv1D) else update))
 
 
-def quantised(module: nn.Module) -> ModelError | None:
-    """Why a linear module's weight cannot take in an update: it is packed in 4 or 8 bit. None where it can."""
-    n_in, n_out = linear_shape(module)
-    weight = module.get_parameter("weight")
-    if weight.is_floating_point() and weight.shape == ((n_in, n_out) if isinstance(module, Conv1D) else (n_out, n_in)):
-        return None
-    return ModelError(
-        f"an adapter cannot be merged into a quantised weight ({weight.dtype})",
-        "Load the base unquantised and merge into that.",
-    )
-
-
 def value_for(names: Iterable[str], values: Mapping[str, Value] | None, setting: str) -> dict[str, Value]:
     """The value of each name that a pattern of ``values`` matches, the first that does.
 

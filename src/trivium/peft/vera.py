@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from trivium.errors import ModelError
 from trivium.peft.checks import ALL_LINEAR
 from trivium.peft.delta import Delta, Plan
 from trivium.peft.kinds import VeRASettings
-from trivium.peft.targets import add_to_weight, find_targets, frozen_note, linear_shape, quantised
+from trivium.peft.targets import add_to_weight, find_targets, frozen_note, linear_shape
 
 
 class Projection(nn.Module):
@@ -67,9 +66,6 @@ class VeRA(Delta):
         a, b = self.projection.vera_A[:, : self.n_in].to(dtype), self.projection.vera_B[: self.n_out].to(dtype)
         low = self.vera_lambda_d.to(dtype) * F.linear(x, a)
         return output + self.vera_lambda_b.to(dtype) * F.linear(low, b)
-
-    def obstacle(self, target: nn.Module) -> ModelError | None:
-        return quantised(target)
 
     def merge(self, target: nn.Module) -> None:
         a, b = self.projection.vera_A[:, : self.n_in], self.projection.vera_B[: self.n_out]
