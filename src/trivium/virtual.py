@@ -22,7 +22,7 @@ from torch import Tensor
 from trivium.forest import Forest, Segment
 
 if TYPE_CHECKING:
-    from torch import nn
+    pass
 
 ADAPTERS = "trivium_adapters"
 
@@ -50,10 +50,10 @@ class Adapters(Protocol):
     def switch(self, active: Mapping[str, float], averaged: bool = False) -> None:
         """From now on these act, in this order; ``averaged``: their changes are weighted and added."""
 
-    def virtual(self, model: nn.Module, adapter: str | None) -> Virtual | None:
+    def virtual(self, adapter: str | None) -> Virtual | None:
         """The virtual tokens of one adapter."""
 
-    def acting(self, model: nn.Module) -> Virtual | None:
+    def acting(self) -> Virtual | None:
         """Those of whatever acts now."""
 
     def by_span(self, spans: Sequence[Span]) -> AbstractContextManager[None]:

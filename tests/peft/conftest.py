@@ -72,7 +72,7 @@ def tokens() -> torch.Tensor:
 def logits_of(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
     """``[B, L, V]``, the virtual tokens of a prompt or prefix before every row."""
     adapters = adapters_of(model)
-    what, behind = row_inputs(model, tokens, adapters.acting(model) if adapters else None)
+    what, behind = row_inputs(model, tokens, adapters.acting() if adapters else None)
     return model(**what, use_cache=False).logits[:, behind:]
 
 

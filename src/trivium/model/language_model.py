@@ -94,7 +94,7 @@ class LanguageModel:
     @property
     def virtual(self) -> Virtual | None:
         """The virtual tokens that are before every sequence now."""
-        return self.adapters.acting(self.hf) if self.adapters is not None else None
+        return self.adapters.acting() if self.adapters is not None else None
 
     def computing(self) -> contextlib.AbstractContextManager[Any]:
         """Computation in ``dtype``, whatever dtype the trained weights have."""

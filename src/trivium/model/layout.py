@@ -51,7 +51,7 @@ def hidden_states(body: Any, forest: Forest, layout: str, fill_to: int | None, a
 def _line_states(body: Any, forest: Forest, fill_to: int | None, adapters: Adapters | None) -> Tensor:
     """The states of the whole line in one pass."""
     named = forest.adapters or ((None, len(forest.tokens)),)
-    virtual = [virtual_of(body, forest, adapters, name) for name, _ in named]
+    virtual = [virtual_of(forest, adapters, name) for name, _ in named]
     sizes = [v.length if v else 0 for v in virtual]
     at = [0, *accumulate(tokens for _, tokens in named[:-1])]
     if any(sizes):
@@ -70,11 +70,11 @@ def _line_states(body: Any, forest: Forest, fill_to: int | None, adapters: Adapt
     return states
 
 
-def virtual_of(body: Any, forest: Forest, adapters: Adapters | None, name: str | None) -> Virtual | None:
+def virtual_of(forest: Forest, adapters: Adapters | None, name: str | None) -> Virtual | None:
     """The virtual tokens before the trees of one adapter, or of whatever acts where trees name none."""
     if adapters is None:
         return None
-    return adapters.virtual(body, name) if forest.adapters else adapters.acting(body)
+    return adapters.virtual(name) if forest.adapters else adapters.acting()
 
 
 def _by_tree(
@@ -127,7 +127,7 @@ def _row_states(body: Any, forest: Forest, budget: int, adapters: Adapters | Non
     states: dict[int, Tensor] = {}
     for name, numbers in by_adapter(forest, rows):
         with adapters.only(name) if forest.adapters and adapters else contextlib.nullcontext():
-            virtual = virtual_of(body, forest, adapters, name)
+            virtual = virtual_of(forest, adapters, name)
             for group in _groups(rows, sorted(numbers, key=lambda n: len(rows[n][0])), budget):
                 ids = [forest.tokens[torch.from_numpy(rows[n][0]).to(forest.tokens.device)] for n in group]
                 padded = torch.nn.utils.rnn.pad_sequence(ids, batch_first=True)

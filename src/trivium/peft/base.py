@@ -100,6 +100,7 @@ def hang(
         target = model.get_submodule(target_name)
         delta.to_empty(device=_device(target))
         Hub.on(target, use)[name] = delta.requires_grad_(True)
+    use.carriers[name] = [delta for delta in plan.deltas.values() if delta.virtual() is not None]
     fill(plan.deltas)
     for target_name, delta in plan.deltas.items():
         if not any(tensor.is_meta for tensor in (*delta.parameters(), *delta.buffers())):
@@ -275,6 +276,7 @@ def detach(model: nn.Module, name: str = DEFAULT) -> None:
         hub.drop(model.get_submodule(target), name)
     use: Use | None = getattr(model, ADAPTERS, None)
     if use is not None:
+        use.carriers.pop(name, None)
         use.switch({other: weight for other, weight in use.active.items() if other != name}, use.averaged)
     if use is not None and not adapter_names(model):
         delattr(model, ADAPTERS)

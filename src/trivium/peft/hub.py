@@ -37,6 +37,7 @@ class Use:
         self.active: dict[str, float] = {}
         self.averaged = False
         self.spans: tuple[Span, ...] = ()
+        self.carriers: dict[str, list[Any]] = {}  # the deltas with virtual tokens, by adapter, in the model's order
 
     def switch(self, active: Mapping[str, float], averaged: bool = False) -> None:
         """From now on these act, in this order; ``averaged``: their changes are weighted and added."""
@@ -54,18 +55,17 @@ class Use:
         """Each span of the line under its own adapter, for the length of the block."""
         return _As(self, {}, False, tuple(spans))
 
-    def virtual(self, model: nn.Module, adapter: str | None) -> Virtual | None:
-        """The virtual tokens of one adapter; those of its deltas put together, in the model's order."""
-        own: list[Any] = [delta for m in model.modules() if isinstance(m, Hub) and (delta := m.of(adapter)) is not None]
-        parts = [part for delta in own if (part := delta.virtual()) is not None]
+    def virtual(self, adapter: str | None) -> Virtual | None:
+        """The virtual tokens of one adapter; those of its deltas put together."""
+        parts: list[Virtual] = [delta.virtual() for delta in self.carriers.get(adapter or "", ())]
         if not parts:
             return None
         layers = tuple(pair for part in parts for pair in part.keys_values)
         return Virtual(parts[0].length, parts[0].embeddings, layers)
 
-    def acting(self, model: nn.Module) -> Virtual | None:
+    def acting(self) -> Virtual | None:
         """The virtual tokens of what acts; raises ModelError where two adapters have some."""
-        found = {name: v for name in self.active if (v := self.virtual(model, name)) is not None}
+        found = {name: v for name in self.active if (v := self.virtual(name)) is not None}
         if len(found) > 1 or (found and self.averaged):
             raise ModelError(
                 f"virtual tokens cannot be stacked or averaged ({', '.join(found)})", "use one such adapter at a time"
