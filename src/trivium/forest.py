@@ -53,13 +53,18 @@ class TokenSequence:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Example:
-    """One row of data: its sequences (1 for text and chat, 2 for a pair: chosen, rejected) and where it came from."""
+    """One row of data: its sequences (1 for text and chat, several answers to one prompt for preferences), and where
+    it came from. ``scores`` are of its sequences, where rows have such: of two the higher is the better one, and a
+    rating is 1 or -1."""
 
     sequences: tuple[TokenSequence, ...]
     origin: str = ""
     text_bytes: int = 0  # UTF-8 bytes of what is trained, stop tokens not counted, for bits per byte; 0: not said
     key: Hashable = None  # tells it from any other, where it is made anew each time it is asked for
     adapter: str | None = None  # which adapter of the model its tree is under, where trees of a batch name theirs
+    scores: tuple[float, ...] = ()
+    weight: float = 1.0  # of the row, against others
+    margin: float = 0.0  # by how much the better answer is to be better
 
     @property
     def identity(self) -> Hashable:
@@ -76,6 +81,13 @@ class Example:
     @property
     def trained_tokens(self) -> int:
         return sum(s.trained_tokens for s in self.sequences)
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """Which of its sequences is better than which other, as numbers of sequences; never two that are the same."""
+        better = ((a, b) for a, x in enumerate(self.scores) for b, y in enumerate(self.scores) if x > y)
+        told = self.sequences
+        return tuple((a, b) for a, b in better if not np.array_equal(told[a].tokens, told[b].tokens))
 
 
 @dataclass(frozen=True, eq=False)

@@ -169,7 +169,7 @@ def test_whole_conversations_are_cut_where_they_part() -> None:
 def test_scored_answers(row: dict[str, Any], scores: list[float]) -> None:
     assert parsed_of(row, "pair") == Scored([USER], [[ANSWER], [OTHER]], scores)
     assert format_of(row) == Format("scored answers", "pair")
-    assert parse(row, "pair").pairs() == [Pair([USER], [ANSWER], [OTHER])]  # type: ignore[union-attr]
+    assert parse(row, "pair").answers_by_score() == [([ANSWER], 1.0), ([OTHER], -1.0)]  # type: ignore[union-attr]
 
 
 def answers_of(*texts: str) -> list[list[dict[str, Any]]]:
@@ -179,16 +179,14 @@ def answers_of(*texts: str) -> list[list[dict[str, Any]]]:
 def test_pairs_of_scored_answers() -> None:
     scored = Scored([USER], answers_of("a", "b", "c", "d"), [3, 1, 3, 2])
     a, b, c, d = scored.answers
-    assert scored.pairs("best_worst") == [Pair([USER], a, b)]
-    assert scored.pairs("all") == [Pair([USER], x, y) for x, y in ((a, b), (c, b), (a, d), (c, d), (d, b))]
+    assert scored.answers_by_score("best_worst") == [(a, 1), (b, -1)]
+    assert scored.answers_by_score("all") == [(a, 3), (c, 3), (d, 2), (b, 1)]
     same = Scored([USER], answers_of("a", "a", "b"), [3, 1, 2], [{"name": "f"}])
-    a, _, b = same.answers
-    assert same.pairs() == [Pair([USER], a, b, [{"name": "f"}])]
-    assert same.pairs("all") == [Pair([USER], a, b, same.tools), Pair([USER], b, a, same.tools)]
+    assert same.answers_by_score() == [(same.answers[0], 1), (same.answers[2], -1)]
     with pytest.raises(RowError, match="all answers have the same score"):
-        Scored([USER], answers_of("a", "b"), [1, 1]).pairs()
+        Scored([USER], answers_of("a", "b"), [1, 1]).answers_by_score()
     with pytest.raises(RowError, match="are the same text"):
-        Scored([USER], answers_of("a", "a"), [1, 2]).pairs("all")
+        Scored([USER], answers_of("a", "a"), [1, 2]).answers_by_score("all")
 
 
 @given(st.lists(st.tuples(st.sampled_from("abc"), st.integers(0, 3)), min_size=2, max_size=6))
@@ -199,13 +197,37 @@ def test_pairs_prefer_the_higher_score(held: list[tuple[str, int]]) -> None:
     wanted = [(s - z, t, u) for t, s in held for u, z in held if s > z and t != u]
     if not wanted:
         with pytest.raises(RowError):
-            scored.pairs("all")
+            scored.answers_by_score("all")
         return
-    got = [(p.chosen[0]["content"], p.rejected[0]["content"]) for p in scored.pairs("all")]
-    assert sorted(got) == sorted((t, u) for _, t, u in wanted)
-    (best,) = scored.pairs()
-    assert (best.chosen[0]["content"], best.rejected[0]["content"]) == got[0]
-    assert max(wanted)[0] == max(g for g, t, u in wanted if (t, u) == got[0])
+    every = scored.answers_by_score("all")
+    assert sorted((a[0]["content"], s) for a, s in every) == sorted(held)
+    assert [s for _, s in every] == sorted(scores, reverse=True)
+    (best, _), (worst, _) = scored.answers_by_score()
+    got = best[0]["content"], worst[0]["content"]
+    assert max(wanted)[0] == max(g for g, t, u in wanted if (t, u) == got)
+
+
+def test_pairs_and_scored_answers_are_ratings_too() -> None:
+    pair = {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}
+    assert parse(pair, "rating") == parse(pair, "pair")
+    assert isinstance(parse({"prompt": "Hi", "answers": ["a", "b"], "scores": [1, 2]}, "rating"), Scored)
+    assert parse({**pair, "Prompt": 1}, "rating") == parse(pair, "pair")
+    both = {"prompt": "Hi", "completion": "a", "label": False, "chosen": "x", "rejected": "y"}
+    assert parse(both, "rating") == Rating([USER], answers_of("a")[0], False)
+
+
+def test_weights_and_margins_of_rows() -> None:
+    pair = {"prompt": "Hi", "chosen": "Hello", "rejected": "Go away"}
+    found = parse({**pair, "weight": "0.5", "margin": 2}, "pair")
+    assert (found.weight, found.margin) == (0.5, 2.0)  # type: ignore[union-attr]
+    plain = parse(pair, "pair")
+    assert (plain.weight, plain.margin) == (1.0, 0.0)  # type: ignore[union-attr]
+    for wrong, why in (({"weight": "heavy"}, "'weight' is \"heavy\", not a finite number"), ({"weight": 0}, "above 0"),
+                       ({"margin": [1]}, "'margin' is")):  # fmt: skip
+        with pytest.raises(RowError, match=why):
+            parse({**pair, **wrong}, "pair")
+    rated = parse({"prompt": "Hi", "completion": "a", "label": True, "weight": 3}, "rating")
+    assert rated.weight == 3  # type: ignore[union-attr]
 
 
 @pytest.mark.parametrize(
@@ -219,7 +241,9 @@ def test_ratings(label: Any, good: bool) -> None:
         rated = {**row, "label": label}
         assert parsed_of(rated, "rating") == Rating([USER], [ANSWER], good)
         assert format_of(rated) == Format("ratings", "rating")
-        with pytest.raises(RowError, match=r"a rating .* KTO, which is not there yet; .*leave 'label' out"):
+        with pytest.raises(
+            RowError, match=r"a rating .* the preference \(loss: kto\) stage takes; .*leave 'label' out"
+        ):
             parse(rated, "conversation")
 
 
@@ -277,7 +301,7 @@ def test_rows_of_no_format() -> None:
         ({"messages": "[{'role': 'user'}]"}, "conversation", "a string, not a list of messages, and not JSON for it"),
         ({"messages": []}, "conversation", "'messages' is empty"),
         ({"messages": {"role": "user"}}, "conversation", "'messages' is an object, not a list"),
-        ({"messages": [USER]}, "conversation", "no assistant turn; prompts alone are for online methods"),
+        ({"messages": [USER]}, "conversation", "no assistant turn; prompts alone are for sampling"),
         ({"messages": [SYSTEM]}, "conversation", "only a system message"),
         ({"messages": [ANSWER, USER]}, "conversation", "begins with the assistant"),
         ({"prompt": "", "completion": "x"}, "conversation", "empty 'prompt'"),

@@ -280,9 +280,15 @@ def test_scored_answers_and_prompts_and_ratings() -> None:
     scored = {"prompt": "a", "answers": ["x", "y", "z"], "scores": [1, 3, 2]}
     assert len(run(Listed([scored]), kind="pair").examples) == 1
     every = run(Listed([scored]), kind="pair", pairs="all")
-    assert len(every.examples) == 3
+    (one,) = every.examples
+    assert (len(one.sequences), one.scores, one.pairs) == (3, (3, 2, 1), ((0, 1), (0, 2), (1, 2)))
+    assert run(Listed([scored]), kind="pair").examples[0].pairs == ((0, 1),)
     assert (every.ledger.used, every.ledger.read) == (1, 1)
     assert run(Listed([{"prompt": "a", "completion": "b", "label": True}]), kind="rating").ledger.trained_tokens == 2
+    rated = run(Listed([{"prompt": "a", "completion": "b", "label": False, "weight": 2}]), kind="rating")
+    assert (rated.examples[0].scores, rated.examples[0].weight) == ((-1,), 2)
+    assert rated.ledger.lines()[1] == "1 row with a weight of its own"
+    assert run(Listed([scored]), kind="rating").examples[0].scores == (1, -1)
     asked = run(Listed([{"prompt": "a <|end|> b"}]), kind="prompt")
     assert asked.ledger.trained_tokens == 0
     messages = [{"role": "user", "content": "a <|end|> b"}]

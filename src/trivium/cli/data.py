@@ -100,7 +100,7 @@ def show(
         for example in one.prepared.examples[:n]:
             tokens = sum(len(s.tokens) for s in example.sequences)
             about = f"{example.origin}  {tokens:,} tokens, {example.trained_tokens:,} trained"
-            rows.append((about, branches(example, encoder, pair=one.kind == "pair")))
+            rows.append((about, branches(example, encoder)))
     if html is not None:
         write_text(html, as_html(rows, ", ".join(files)))
         print(html)

@@ -28,11 +28,10 @@ from trivium.data.formats import (
     Conversation,
     Fields,
     Kind,
-    Pair,
+    Pairs,
+    Parsed,
     Prompt,
-    Rating,
     RowError,
-    Scored,
     Text,
     mapped,
     parse,
@@ -41,7 +40,7 @@ from trivium.data.memo import Tokens, Words
 from trivium.forest import Example, TokenSequence
 
 Overflow = Literal["error", "drop", "truncate_left", "truncate_right", "split"]
-Pairs = Literal["best_worst", "all"]
+ANSWERS: tuple[Kind, ...] = ("pair", "rating")  # rows with several answers to one prompt, or one, that are compared
 
 
 def overflow(kind: Kind, max_length: int | None, asked: Overflow | None) -> Overflow:
@@ -59,6 +58,7 @@ class Spec:
     train_on: TrainOn = "assistant"
     on_overflow: Overflow = "drop"
     pairs: Pairs = "best_worst"  # of a scored list of answers
+    ends: bool = False  # what is read is the state after the last token, for a reward, instead of every answer's token
 
 
 @dataclass
@@ -77,12 +77,12 @@ class Made:
 
 @dataclass(frozen=True)
 class _Draft:
-    """A row on its way: what is to be tokenised, one text per sequence, and how many sequences make an example."""
+    """A row on its way: what is to be tokenised, one text per sequence, and what is known of it besides."""
 
     row: Row
     digest: int
     texts: tuple[Rendered, ...]
-    each: int  # sequences of an example
+    about: dict[str, Any]  # fields of its example
 
 
 @dataclass(frozen=True)
@@ -110,33 +110,32 @@ class Maker:
                 made.set_aside.append((row.line, row.reason, row.raw))
                 continue
             try:
-                texts, each = self._render(parse(mapped(row.value, fields), self.spec.kind))
+                parsed = parse(mapped(row.value, fields), self.spec.kind)
+                texts, about = self._render(parsed)
             except RowError as error:
                 made.set_aside.append((row.line, str(error), canonical(row.value)))
                 continue
             made.counts["rewritten"] += self.spec.kind == "conversation" and len(texts) > 1
             made.counts["control_as_text"] += any(GUARD in t.text for t in texts)
-            yield _Draft(row, digest_of(row.value), texts, each)
+            made.counts["weighted"] += about.get("weight", 1.0) != 1
+            made.counts["with_margin"] += about.get("margin", 0.0) != 0
+            yield _Draft(row, digest_of(row.value), texts, about)
 
-    def _render(
-        self, parsed: Text | Conversation | Pair | Scored | Rating | Prompt
-    ) -> tuple[tuple[Rendered, ...], int]:
-        """The texts of a row, and how many of them make one example."""
+    def _render(self, parsed: Parsed) -> tuple[tuple[Rendered, ...], dict[str, Any]]:
+        """The texts of a row, one for each sequence of its example, and what else the example is to know."""
         if isinstance(parsed, Text):
             text = self.encoder.guarded(parsed.text) if self.encoder.names_control(parsed.text) else parsed.text
-            return (Rendered(text, (), 0),), 1
+            return (Rendered(text, (), 0),), {}
         template = self.template
         assert template is not None, "conversations and pairs need a chat template"
         if isinstance(parsed, Conversation):
-            texts = tuple(template.lay_out(parsed.messages, self.spec.train_on, parsed.tools))
-            return texts, len(texts)
-        if isinstance(parsed, Rating):
-            return (template.lay_out_answer(parsed.prompt, parsed.answer, parsed.tools),), 1
+            return tuple(template.lay_out(parsed.messages, self.spec.train_on, parsed.tools)), {}
         if isinstance(parsed, Prompt):
-            return (template.lay_out_prompt(parsed.messages, parsed.tools),), 1
-        pairs = parsed.pairs(self.spec.pairs) if isinstance(parsed, Scored) else [parsed]
-        laid = [template.lay_out_answer(p.prompt, a, p.tools) for p in pairs for a in (p.chosen, p.rejected)]
-        return tuple(laid), 2
+            return (template.lay_out_prompt(parsed.messages, parsed.tools),), {}
+        answers = parsed.answers_by_score(self.spec.pairs)
+        laid = tuple(template.lay_out_answer(parsed.prompt, answer, parsed.tools) for answer, _ in answers)
+        scores = tuple(score for _, score in answers)
+        return laid, {"scores": scores, "weight": parsed.weight, "margin": parsed.margin}
 
     # --- documents
 
@@ -175,43 +174,42 @@ class Maker:
         made.over_long.append((draft.row.line, len(tokens), canonical(draft.row.value)))
         return []
 
-    # --- conversations, pairs and the like
+    # --- conversations, preferences and the like
 
     def _finish_chats(self, drafts: list[_Draft], made: Made) -> None:
-        """Conversations (one example of one or more sequences), pairs (of two: chosen, rejected), and the others."""
+        """A row's example: the sequences of a conversation, the answers of a preference."""
         assert self.template is not None
         tokenised = iter(self.template.tokenize([r.text for d in drafts for r in d.texts]))
         for draft in drafts:
             tokens = list(islice(tokenised, len(draft.texts)))
             try:
                 sequences = [self.template.weigh(r, t) for r, t in zip(draft.texts, tokens, strict=True)]
-                groups = [sequences[i : i + draft.each] for i in range(0, len(sequences), draft.each)]
-                self._must_train(groups, "")
+                self._must_train(sequences, draft, "")
                 longest = max(len(s.tokens) for s in sequences)
                 if longest > self.spec.limit:
                     if self.spec.on_overflow not in ("truncate_left", "truncate_right"):
                         made.over_long.append((draft.row.line, longest, canonical(draft.row.value)))
                         continue
                     before = sum(s.trained_tokens for s in sequences)
-                    groups = [self._truncated(group) for group in groups]
-                    self._must_train(groups, f" once cut to {self.spec.limit} tokens")
+                    sequences = self._truncated(sequences)
+                    self._must_train(sequences, draft, f" once cut to {self.spec.limit} tokens")
                     made.counts["cut"] += 1
-                    made.counts["cut_trained"] += before - sum(s.trained_tokens for g in groups for s in g)
+                    made.counts["cut_trained"] += before - sum(s.trained_tokens for s in sequences)
             except RowError as error:
                 made.set_aside.append((draft.row.line, str(error), canonical(draft.row.value)))
                 continue
-            size = 0 if self.spec.kind == "pair" else sum(r.answer_bytes for r in draft.texts)
-            self._place(draft, [Example(tuple(g), "", size) for g in groups], made)
+            size = 0 if self.spec.kind in ANSWERS else sum(r.answer_bytes for r in draft.texts)
+            read = [at_its_end(s) for s in sequences] if self.spec.ends else sequences
+            self._place(draft, [Example(tuple(read), "", size, **draft.about)], made)
 
-    def _must_train(self, groups: list[list[TokenSequence]], when: str) -> None:
-        """Every example trains something, and pairs differ. Raises RowError."""
+    def _must_train(self, sequences: list[TokenSequence], draft: _Draft, when: str) -> None:
+        """Every example trains something, and answers that are compared differ. Raises RowError."""
         if self.spec.kind == "prompt":
             return
-        for group in groups:
-            if not group or not all(s.trained_tokens for s in group):
-                raise RowError(f"no trained token{when}")
-            if self.spec.kind == "pair" and np.array_equal(group[0].tokens, group[1].tokens):
-                raise RowError(f"chosen and rejected are the same{when or ' once tokenised'}")
+        if not sequences or not all(s.trained_tokens for s in sequences):
+            raise RowError(f"no trained token{when}")
+        if len(draft.about.get("scores", ())) > 1 and not Example(tuple(sequences), **draft.about).pairs:
+            raise RowError(f"chosen and rejected are the same{when or ' once tokenised'}")
 
     def _truncated(self, group: list[TokenSequence]) -> list[TokenSequence]:
         """Sequences cut to the limit. From the left all lose equally much, so that a pair keeps one prompt."""
@@ -221,7 +219,7 @@ class Maker:
         else:
             lost = max(len(s.tokens) for s in group) - limit
             keep = int(self.encoder.bos_id is not None)  # the BOS stays in front
-            if self.spec.kind == "pair" and any(s.weights[: keep + lost + 1].any() for s in group):
+            if self.spec.kind in ANSWERS and any(s.weights[: keep + lost + 1].any() for s in group):
                 raise RowError(f"its answers alone have more than {limit} tokens: cut from the left, none has a prompt")
             cut = [_without(s, keep, keep + max(lost, 0)) for s in group]
             if any(s.trained_tokens and s.weights[max(1, keep) :].all() for s in cut):
@@ -260,6 +258,17 @@ def _without(s: TokenSequence, start: int, stop: int) -> TokenSequence:
     weights = np.concatenate([s.weights[:start], s.weights[stop:]])
     weights[:1] = 0
     return TokenSequence(np.concatenate([s.tokens[:start], s.tokens[stop:]]), weights)
+
+
+def at_its_end(s: TokenSequence) -> TokenSequence:
+    """A sequence whose one entry is the state after its last trained token: what a reward is read from.
+
+    The token that stands behind it says nothing and is never read: an entry is what a state predicts.
+    """
+    last = int(np.flatnonzero(s.weights)[-1]) + 1
+    weights = np.zeros(last + 1, np.float32)
+    weights[-1] = 1
+    return TokenSequence(np.append(s.tokens[:last], s.tokens[:1]), weights)
 
 
 def _piece_bytes(text: str, found: Tokens | Words, before: int, pieces: int, limit: int) -> list[int]:

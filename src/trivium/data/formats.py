@@ -10,8 +10,10 @@
     pair           preference      {"prompt", "chosen", "rejected"}, or {"chosen", "rejected"} as two whole
                                    conversations that begin alike (or HH-RLHF's strings, "\\n\\nHuman: ..."), or
                                    {"prompt", "answers", "scores"}, the scores also inside the answers
-    rating         nothing yet     {"prompt", "completion", "label": true}
-    prompt         nothing yet     {"prompt"}, or {"messages"} that end with the user's turn
+    rating         KTO             {"prompt", "completion", "label": true}; also pairs, as one good and one bad answer
+    prompt         sampling        {"prompt"}, or {"messages"} that end with the user's turn
+
+A row of preferences may say its ``weight`` against other rows, and a pair by what ``margin`` the better is better.
 
 The formats are listed in ``misfit.FORMATS``, the names that a field goes by beside them. Names in capitals are known
 too. Where a row could be several things, it is what it is asked for; what ``format_of`` says is the most it could be.
@@ -63,9 +65,11 @@ from trivium.data.misfit import (
 )
 
 __all__ = [
-    "FORMATS", "TAKEN_BY", "Conversation", "Fields", "Format", "Kind", "Message", "Pair", "Parsed", "Prompt", "Rating",
-    "RowError", "Scored", "Text", "format_of", "mapped", "parse",
+    "FORMATS", "TAKEN_BY", "Conversation", "Fields", "Format", "Kind", "Message", "Pair", "Pairs", "Parsed",
+    "Preference", "Prompt", "Rating", "RowError", "Scored", "Text", "format_of", "mapped", "parse",
 ]  # fmt: skip
+
+Pairs = Literal["best_worst", "all"]
 
 
 @dataclass(frozen=True)
@@ -91,6 +95,12 @@ class Pair:
     chosen: list[Message]
     rejected: list[Message]
     tools: list[Any] | None = None
+    weight: float = 1.0
+    margin: float = 0.0
+
+    def answers_by_score(self, how: Pairs = "best_worst") -> list[tuple[list[Message], float]]:
+        """The better answer and the worse one, with scores that tell them apart."""
+        return [(self.chosen, 1.0), (self.rejected, -1.0)]
 
 
 @dataclass(frozen=True)
@@ -101,11 +111,13 @@ class Scored:
     answers: list[list[Message]]
     scores: list[float]
     tools: list[Any] | None = None
+    weight: float = 1.0
+    margin: float = 0.0
 
-    def pairs(self, how: Literal["best_worst", "all"] = "best_worst") -> list[Pair]:
-        """Pairs of different answers with different scores: the one furthest apart, or all, furthest apart first.
+    def answers_by_score(self, how: Pairs = "best_worst") -> list[tuple[list[Message], float]]:
+        """The two answers that are furthest apart, with 1 and -1; or ``all``, the best first, with their own scores.
 
-        Raises RowError where there is none.
+        Raises RowError where no two answers differ in text and score.
         """
         n = range(len(self.scores))
         found = [(i, j) for i in n for j in n if self.scores[i] > self.scores[j]]
@@ -114,9 +126,11 @@ class Scored:
         found = [(i, j) for i, j in found if not alike(self.answers[i], self.answers[j])]
         if not found:
             raise RowError("answers with different scores are the same text")
-        found.sort(key=lambda ij: self.scores[ij[1]] - self.scores[ij[0]])
-        chosen = found[:1] if how == "best_worst" else found
-        return [Pair(self.prompt, self.answers[i], self.answers[j], self.tools) for i, j in chosen]
+        if how == "all":
+            ranked = sorted(n, key=lambda i: -self.scores[i])
+            return [(self.answers[i], self.scores[i]) for i in ranked]
+        best, worst = min(found, key=lambda ij: self.scores[ij[1]] - self.scores[ij[0]])
+        return [(self.answers[best], 1.0), (self.answers[worst], -1.0)]
 
 
 @dataclass(frozen=True)
@@ -127,6 +141,12 @@ class Rating:
     answer: list[Message]
     good: bool
     tools: list[Any] | None = None
+    weight: float = 1.0
+    margin: float = 0.0
+
+    def answers_by_score(self, how: Pairs = "best_worst") -> list[tuple[list[Message], float]]:
+        """The answer, with 1 or -1."""
+        return [(self.answer, 1.0 if self.good else -1.0)]
 
 
 @dataclass(frozen=True)
@@ -137,19 +157,25 @@ class Prompt:
     tools: list[Any] | None = None
 
 
+Preference = Pair | Scored | Rating
 Parsed = Text | Conversation | Pair | Scored | Rating | Prompt
 
 
 # What a field of another name can be said to be.
-FIELDS = tuple(dict.fromkeys([*(name for one in FORMATS for name in one.example), "system", "tools", "history"]))
+FIELDS = tuple(
+    dict.fromkeys([*(n for one in FORMATS for n in one.example), "system", "tools", "history", "weight", "margin"])
+)
 
 
 # --- recognising
 
 
 def parse(row_value: dict[str, Any], kind: Kind) -> Parsed:
-    """The row as a thing of ``kind``; a "pair" may be a ``Scored``. Raises RowError with the reason."""
+    """The row as a thing of ``kind``; a "pair" may be a ``Scored``, and a "rating" these, too, which rate several
+    answers. Raises RowError with the reason."""
     row = _given(row_value)
+    if kind == "rating" and not _is(row, kind) and (_is(row, "pair") or _is(_in_small_letters(row), "pair")):
+        kind = "pair"
     if not _is(row, kind):
         small = _in_small_letters(row)
         if not _is(small, kind):
@@ -298,7 +324,7 @@ def _rating(row: dict[str, Any]) -> Rating:
         prompt, answer = messages[: asked[-1]], messages[asked[-1] :]
     if not answer or answer[0]["role"] != "assistant":
         raise RowError(f"no assistant's message follows the last user message of '{field}': there is no answer to rate")
-    return Rating(prompt, answer, good, tools_of(row))
+    return Rating(prompt, answer, good, tools_of(row), _weight(row))
 
 
 # --- pairs
@@ -323,7 +349,19 @@ def _pair(row: dict[str, Any]) -> Pair | Scored:
             chosen, rejected = ([{**m, "content": m["content"].strip()} for m in s] for s in (chosen, rejected))
     else:
         raise RowError("a pair without a prompt: add 'prompt', or make chosen and rejected whole conversations")
-    return Pair(prompt, chosen, rejected, tools_of(row))
+    return Pair(prompt, chosen, rejected, tools_of(row), _weight(row), _margin(row))
+
+
+def _weight(row: dict[str, Any]) -> float:
+    """What the row counts against others."""
+    weight = _number(row["weight"], "'weight'") if "weight" in row else 1.0
+    if not weight > 0:
+        raise RowError(f"the row's weight is {weight:g}: leave the row out, or give a number above 0")
+    return weight
+
+
+def _margin(row: dict[str, Any]) -> float:
+    return _number(row["margin"], "'margin'") if "margin" in row else 0.0
 
 
 def _side(row: dict[str, Any], field: str) -> list[Message]:
@@ -366,13 +404,13 @@ def _scored(row: dict[str, Any]) -> Scored:
     for number, value in enumerate(values, start=1):
         where = f"answer {number} of '{field}'"
         key, score = (by, row[by][number - 1]) if by is not None else _score_in(value)
-        scores.append(_number(score, where) * (-1 if key in ("rank", "ranks") else 1))
+        scores.append(_number(score, f"the score of {where}") * (-1 if key in ("rank", "ranks") else 1))
         if isinstance(value, dict) and "role" not in value and "from" not in value:
             value = next((value[k] for k in ANSWER_TEXT if value.get(k) is not None), None)
         elif isinstance(value, dict):
             value = {k: v for k, v in value.items() if k not in SCORE}
         found.append(turn(value, "assistant", where))
-    return Scored(prompt, found, scores, tools_of(row))
+    return Scored(prompt, found, scores, tools_of(row), _weight(row), _margin(row))
 
 
 def _score_in(answer: Any) -> tuple[str, Any]:
@@ -381,14 +419,14 @@ def _score_in(answer: Any) -> tuple[str, Any]:
     return next(((k, held[k]) for k in SCORE if held.get(k) is not None), ("", None))
 
 
-def _number(value: Any, where: str) -> float:
-    """A finite score; tables have them as strings too."""
+def _number(value: Any, what: str) -> float:
+    """A finite number; tables have them as strings too."""
     try:
         found = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
     except (ValueError, OverflowError):
         found = math.nan
     if not math.isfinite(found):
-        raise RowError(f"the score of {where} is {'missing' if value is None else shown(value)}, not a finite number")
+        raise RowError(f"{what} is {'missing' if value is None else shown(value)}, not a finite number")
     return found
 
 

@@ -22,6 +22,8 @@ COUNTS = {
     "rewritten": "{0:,} conversation{s} in one sequence for each turn, as the chat template rewrites earlier turns "
     "(train_on: last trains the last turn alone)",
     "died": "{0:,} time{s} a process that prepared rows died, and they were prepared again",
+    "weighted": "{0:,} row{s} with a weight of {its} own",
+    "with_margin": "{0:,} row{s} with a margin of {its} own",
     "control_as_text": "{0:,} row{s} with what looks like a control token: it stays text",
 }
 
@@ -146,7 +148,7 @@ class Ledger:
         if self.held_out:
             found.append(f"{_rows(self.held_out)} held out for evaluation")
         found += [
-            told.format(n, self.limit, s="s" * (n != 1))
+            told.format(n, self.limit, s="s" * (n != 1), its="their" if n != 1 else "its")
             for name, told in COUNTS.items()
             if (n := self.counts.get(name, 0))
         ]

@@ -24,8 +24,8 @@ TAKEN_BY: dict[Kind, str] = {
     "text": "pretraining",
     "conversation": "SFT",
     "pair": "preference",
-    "rating": "KTO, which is not there yet",
-    "prompt": "online methods, which are not there yet",
+    "rating": "preference (loss: kto)",
+    "prompt": "sampling, which no stage does",
 }
 
 Fields = tuple[tuple[str, str], ...]  # what fields are called: ours, theirs

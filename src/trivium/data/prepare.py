@@ -45,7 +45,7 @@ from trivium.terminal import Progress, say
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
-FORMAT = 1  # of what lies in the cache, and of how blocks are cut
+FORMAT = 2  # of what lies in the cache, and of how blocks are cut
 LITTLE = 3_000_000  # bytes of files for which no processes are started
 KEPT_DAYS = 30  # what nobody has read for so long is let go
 

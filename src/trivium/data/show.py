@@ -12,6 +12,8 @@ import html
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from trivium.data.encoder import Encoder
 from trivium.forest import Example, TokenSequence, common_prefix
 
@@ -36,7 +38,7 @@ class Branch:
     tokens: tuple[Token, ...]
 
 
-def branches(example: Example, encoder: Encoder, pair: bool = False) -> list[Branch]:
+def branches(example: Example, encoder: Encoder) -> list[Branch]:
     """The example's sequences: what they have in common once, then each from where it parts on."""
     sequences = example.sequences
     shared = min((common_prefix(sequences[0].tokens, s.tokens) for s in sequences[1:]), default=0)
@@ -44,11 +46,23 @@ def branches(example: Example, encoder: Encoder, pair: bool = False) -> list[Bra
     while shared and any((s.weights[:shared] != sequences[0].weights[:shared]).any() for s in sequences[1:]):
         shared -= 1
     shown = [list(_tokens(s, encoder)) for s in sequences]
-    if len(sequences) == 1:
+    if len(sequences) == 1 and not example.scores:
         return [Branch("", tuple(shown[0]))]
-    names = ["chosen", "rejected"] if pair else [f"turn {n}" for n in range(1, len(sequences) + 1)]
+    if len(sequences) == 1:
+        shared = int(np.flatnonzero(sequences[0].weights)[0])
+    names = _named(example)
     found = [Branch(name, tuple(tokens[shared:])) for name, tokens in zip(names, shown, strict=True)]
     return [Branch("", tuple(shown[0][:shared])), *found] if shared else found
+
+
+def _named(example: Example) -> list[str]:
+    """What its sequences are called."""
+    scores = example.scores
+    if not scores:
+        return [f"turn {n}" for n in range(1, len(example.sequences) + 1)]
+    if len(scores) == 1:
+        return ["good" if scores[0] > 0 else "bad"]
+    return ["chosen", "rejected"] if len(scores) == 2 else [f"score {score:g}" for score in scores]
 
 
 def _tokens(sequence: TokenSequence, encoder: Encoder) -> Iterator[Token]:

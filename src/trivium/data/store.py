@@ -39,7 +39,8 @@ OPEN = 128  # parts held open at a time
 
 def encode_part(made: Made, file: int) -> bytes:
     """The examples of a block as an Arrow file: ``COLUMNS``, and ``tokens`` (of all sequences in a row), ``lengths``
-    (of each sequence), ``spans`` (where weights are 1: start, end, start, ...) and ``bytes`` (of the trained text)."""
+    (of each sequence), ``spans`` (where weights are 1: start, end, start, ...), ``bytes`` (of the trained text), and
+    the row's ``weight``, ``margin`` and ``scores`` (of each sequence)."""
     import pyarrow as pa
 
     sequences = [e.sequences for e in made.examples]
@@ -69,6 +70,12 @@ def encode_part(made: Made, file: int) -> bytes:
         "lengths": _lists(each, [np.array([len(t) for t in tokens])]),
         "spans": _lists(2 * np.bincount(owner, minlength=len(sequences)), [turns.reshape(-1)]),
     }
+    scores = [e.scores for e in made.examples]
+    columns |= {
+        "weight": pa.array(np.array([e.weight for e in made.examples], np.float32)),
+        "margin": pa.array(np.array([e.margin for e in made.examples], np.float32)),
+        "scores": _lists([len(s) for s in scores], [np.array([x for s in scores for x in s])], np.float32),
+    }
     batch = pa.record_batch(columns)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_file(sink, batch.schema) as writer:
@@ -76,12 +83,12 @@ def encode_part(made: Made, file: int) -> bytes:
     return sink.getvalue().to_pybytes()
 
 
-def _lists(lengths: np.ndarray, values: list[np.ndarray]) -> pa.Array:
+def _lists(lengths: Sequence[int] | np.ndarray, values: list[np.ndarray], dtype: type = np.int32) -> pa.Array:
     """A column of lists of these lengths, their values one after the other."""
     import pyarrow as pa
 
     ends = np.concatenate([[0], np.cumsum(lengths)])
-    flat = np.concatenate(values).astype(np.int32, copy=False) if values else np.empty(0, np.int32)
+    flat: np.ndarray = np.concatenate(values).astype(dtype, copy=False) if values else np.empty(0, dtype)
     return pa.LargeListArray.from_arrays(pa.array(ends.astype(np.int64)), pa.array(flat))
 
 
@@ -138,9 +145,15 @@ class Store:
             weights[start:end] = 1
         cuts = np.cumsum(lengths)[:-1]
         pieces = zip(np.split(tokens, cuts), np.split(weights, cuts), strict=True)
-        origin = f"{self.files[int(self.file[number])]}:{int(self.line[number])}"
+        text_bytes, weight, margin = (batch.column(n)[at].as_py() for n in ("bytes", "weight", "margin"))
         return Example(
-            tuple(TokenSequence(t, w) for t, w in pieces), origin, batch.column("bytes")[at].as_py(), (self.key, number)
+            tuple(TokenSequence(t, w) for t, w in pieces),
+            f"{self.files[int(self.file[number])]}:{int(self.line[number])}",
+            text_bytes,
+            (self.key, number),
+            scores=tuple(_list_at(batch.column("scores"), at).tolist()),
+            weight=weight,
+            margin=margin,
         )
 
     def examples(self, numbers: np.ndarray) -> Examples:
