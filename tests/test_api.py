@@ -326,7 +326,7 @@ def test_evaluate_is_what_training_reports(saved) -> None:
         (lambda m: m.train({"text": "x"}, "pretrain"), ["dict is no list of rows"]),
         (lambda m: m.train(REQUESTS, "sfft"), ["no such stage", "did you mean 'sft'"]),
         (lambda m: m.train(REQUESTS, lerning_rate=1), ["unknown key lerning_rate", "did you mean 'learning_rate'"]),
-        (lambda m: m.train(REQUESTS, beta=1.0), ["beta", "pairs"]),
+        (lambda m: m.train(REQUESTS, beta=1.0), ["beta: next_token has no such setting; it is for dpo, "]),
         (lambda m: m.train("nowhere.jsonl"), ["no such file", "nowhere.jsonl"]),
         (lambda m: m.train(REQUESTS, dtype="bfloat16"), ["dtype", "float32", "load()"]),
         (lambda m: m.train(REQUESTS, max_length=4096), ["max_length", "512"]),

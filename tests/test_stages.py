@@ -12,7 +12,7 @@ from trivium.recipe import Recipe, Stage
 from trivium.recipe_file import parse_recipe
 from trivium.stages import STAGES, identity_settings, resolve
 
-KINDS = {"pretrain": "text", "sft": "conversation", "preference": "pair"}
+KINDS = {"pretrain": "text", "sft": "conversation", "preference": "pair", "reward": "pair"}
 
 
 def recipe(stage: str = "sft", **more: Any) -> Recipe:

@@ -14,7 +14,7 @@ from trivium.errors import ModelError
 from trivium.files import read_json, sha256_json, write_json
 from trivium.recipe import Recipe, Stage
 from trivium.sources import held_out_from, held_out_share, trained_on
-from trivium.stages import STAGES
+from trivium.stages import rows_of
 from trivium.start import Link, overrides
 from trivium.terminal import clock, say
 
@@ -109,12 +109,12 @@ def exam_of(recipe: Recipe, stages: list[Stage]) -> Exam:
     if recipe.prompts is not None:
         prompts = tuple(({"role": "user", "content": p},) for p in recipe.prompts)
     else:
-        ranked = sorted(stages, key=lambda s: ("conversation", "pair", "text").index(STAGES[s.stage].rows))
+        ranked = sorted(stages, key=lambda s: ("conversation", "pair", "rating", "text").index(rows_of(s)))
         sources, share = rows(ranked[0])
-        kind = STAGES[ranked[0].stage].rows
+        kind = rows_of(ranked[0])
         prompts = prompts_from(sources, kind, share) or prompts_from(sources, kind, None)
     texts: tuple[str, ...] = ()
-    reads = [s for s in stages if STAGES[s.stage].rows == "text"]
+    reads = [s for s in stages if rows_of(s) == "text"]
     if recipe.eval_text is not None:
         texts = texts_from([local(recipe.eval_text)], None)
     elif reads:

@@ -14,9 +14,9 @@ from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_valid
 from pydantic_core import PydanticCustomError
 
 from trivium.errors import RecipeError, nearest
-from trivium.objectives import OBJECTIVES
+from trivium.objectives import OBJECTIVES, SETTINGS, fault, shares
 from trivium.peft.settings import METHODS, PRESETS, as_written, settings_of
-from trivium.stages import STAGES
+from trivium.stages import STAGES, rows_of
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 RESERVED = ("model", "tokenizer", "data", "tensorboard", "wandb")  # what a run writes beside its stages
@@ -89,7 +89,7 @@ class Stage(Strict):
     """One step of the walk. What is left out gets the default of its stage, or its parent's value, and is printed."""
 
     name: str = Field(description="The stage's name and the name of its folder.", pattern=NAME)
-    stage: str = Field(description="What it does: pretrain, sft or preference.")
+    stage: str = Field(description="What it does: pretrain, sft, preference or reward.")
     from_: str | None = Field(None, alias="from", description="The stage it starts from; left out: the recipe's model.")
     data: list[DataSource] = Field(
         description="File, folder, glob, hf://owner/name/path, or a list of them; or {path, weight, fields}."
@@ -125,7 +125,7 @@ class Stage(Strict):
         None, description="Whether rows that were there before, word for word, are used again."
     )
     scored: Literal["best_worst", "all"] | None = Field(
-        None, description="Pairs of a scored list of answers: best against worst, or all, every better against worse."
+        None, description="Of a scored list of answers: best against worst, or all, every better against every worse."
     )
     date: datetime.date | None = Field(
         None, description="The date that a chat template which asks for it is told; left out: today."
@@ -165,10 +165,40 @@ class Stage(Strict):
     method: dict[str, Any] | None = Field(
         None, description=f"How it is trained, and the method's settings: {', '.join((*METHODS, *PRESETS))}."
     )
-    loss: str | None = Field(None, description="The objective: next_token or dpo.")
-    beta: float | None = Field(None, gt=0, description="DPO's beta: how strongly it holds on to its parent.")
+    loss: str | dict[str, float] | None = Field(
+        None,
+        description=f"The objective, or several of pairs by weight ({{dpo: 1, hinge: 0.5}}): {', '.join(OBJECTIVES)}.",
+    )
+    beta: float | None = Field(
+        None, gt=0, description="How strongly it holds on to its parent (IPO's tau); or the scale of its rewards."
+    )
     sft_weight: float | None = Field(
         None, ge=0, description="Weight of next-token prediction on the chosen answer, beside the preference loss."
+    )
+    label_smoothing: float | None = Field(
+        None, ge=0, lt=0.5, description="Share of the labels that is taken to be wrong (dpo: cDPO; robust, exo, cpo)."
+    )
+    gamma: float | None = Field(None, ge=0, description="SimPO's target margin: by how much rewards are to differ.")
+    divergence: Literal["reverse_kl", "forward_kl", "js", "alpha"] | None = Field(
+        None, description="The f-divergence from the parent; left out, the reverse KL."
+    )
+    divergence_alpha: float | None = Field(None, description="The alpha of divergence: alpha.")
+    ld_alpha: float | None = Field(
+        None, ge=0, le=1, description="What the longer answer's tokens beyond the shorter's length count (LD-DPO)."
+    )
+    desirable_weight: float | None = Field(None, gt=0, description="KTO: what an answer found good counts.")
+    undesirable_weight: float | None = Field(None, gt=0, description="KTO: what an answer found bad counts.")
+    center_rewards: float | None = Field(
+        None, ge=0, description="Reward models: weight of what keeps rewards around 0 (0.01 is usual)."
+    )
+    reference: Literal["auto", "computed", "kept"] | None = Field(
+        None, description="The parent's log-probabilities: computed in every step, or once and kept; auto: the cheaper."
+    )
+    reference_sync_steps: int | None = Field(
+        None, ge=1, description="Move the reference to the model every so many steps (TR-DPO)."
+    )
+    reference_mixup: float | None = Field(
+        None, gt=0, le=1, description="How far it is moved: 1, or left out, all the way."
     )
 
     @field_validator("stage")
@@ -224,23 +254,31 @@ class Stage(Strict):
 
     @model_validator(mode="after")
     def _consistent(self) -> Stage:
-        names = ("learning_rate", "beta", "sft_weight", "epochs", "weight_decay", "max_grad_norm")
-        if any(n is not None and not math.isfinite(n) for n in (getattr(self, name) for name in names)):
-            raise ValueError(f"{', '.join(names[:-1])} and {names[-1]} are finite numbers")
+        names = ("learning_rate", *SETTINGS, "epochs", "weight_decay", "max_grad_norm")
+        for name in names:
+            if isinstance(getattr(self, name), float) and not math.isfinite(getattr(self, name)):
+                raise _wrong(f"{getattr(self, name)} is no finite number", MEND, name)
         for one, other in (("epochs", "max_steps"), ("batch_size", "batch_tokens"), ("save_every", "save_minutes")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"{one} and {other} contradict each other: give one of them")
-        rows = STAGES[self.stage].rows
-        wanted = [name for name, entry in OBJECTIVES.items() if rows in entry.rows]
-        if self.loss is not None and self.loss not in wanted:
-            raise ValueError(f"loss: a {self.stage} stage has {' or '.join(wanted)}, not {self.loss}")
-        for name in ("beta", "sft_weight"):
-            if getattr(self, name) is not None and rows != "pair":
-                raise ValueError(f"{name}: only a stage that learns from pairs has one")
+        kind = STAGES[self.stage]
+        loss = self.loss or kind.defaults["loss"]
+        if (wrong := fault(loss, self.stage, kind.losses, self.__dict__)) is not None:
+            raise ValueError(wrong)
+        relative = any(OBJECTIVES[name].relative for name in shares(loss))
+        if self.reference is not None and not relative:
+            raise ValueError(f"reference: {', '.join(shares(loss))} compares with none")
+        if self.reference is not None and self.reference_sync_steps is not None:
+            raise ValueError("reference: one that moves (reference_sync_steps) is neither kept nor computed once more")
+        if loss == "kto" and self.batch_size == 1:
+            raise ValueError("batch_size: kto compares every answer with those to other prompts; use at least 2")
+        rows = rows_of(self)
         if self.train_on is not None and rows != "conversation":
             raise ValueError("train_on: only a stage that learns from conversations has one")
-        if self.scored is not None and rows != "pair":
-            raise ValueError("scored: only a stage that learns from pairs has one")
+        if self.scored is not None and rows not in ("pair", "rating"):
+            raise ValueError("scored: only a stage that learns from several answers to one prompt has one")
+        if self.scored == "all" and rows == "rating":
+            raise ValueError("scored: of a list of answers kto takes the best as good and the worst as bad")
         if self.on_overflow == "split" and rows != "text":
             raise ValueError("on_overflow: only text can be split; use error, drop, truncate_left or truncate_right")
         if self.date is not None and rows == "text":

@@ -11,11 +11,13 @@ from trivium.data.overlap import overlap
 from trivium.data.prepare import Prepared, prepare
 from trivium.data.rows import Listed, Mix
 from trivium.data.store import Examples
-from trivium.forest import Forest, lay_out
+from trivium.errors import DataError
+from trivium.forest import Example, Forest, lay_out
 from trivium.model.language_model import LanguageModel
+from trivium.objectives.base import Objective
 from trivium.recipe import Stage
 from trivium.sources import held_out_from, held_out_share, trained_on
-from trivium.stages import STAGES
+from trivium.stages import STAGES, rows_of
 from trivium.terminal import say
 
 HELD_OUT_MOST = 200  # rows taken off the data for evaluation, at most
@@ -47,9 +49,10 @@ def stage_examples(
 
     def ready(sources: Sequence[Mix | Listed], holdout: float) -> Prepared:
         return prepare(
-            sources, kind=STAGES[stage.stage].rows, tokenizer=model.tokenizer, template=template,
+            sources, kind=rows_of(stage), tokenizer=model.tokenizer, template=template,
             train_on=stage.train_on or "assistant", max_length=stage.max_length if written else None,
             context=context, on_overflow=stage.on_overflow, pairs=stage.scored or "best_worst",
+            ends=STAGES[stage.stage].reads == "reward",
             duplicates=stage.duplicates or "keep", holdout=holdout,
             bad_rows=stage.bad_rows if stage.bad_rows is not None else 0.01,
         )  # fmt: skip
@@ -57,6 +60,8 @@ def stage_examples(
     data = ready([given.rows] if given else trained_on(stage), held_out_share(stage))
     for line in data.ledger.lines():
         say(f"  {line}")
+    if rows_of(stage) == "rating":
+        _check_both_kinds(data)
     own = held_out_from(stage)
     if given and given.held_out is not None:
         held_out = ready([given.held_out], 0.0).examples
@@ -65,6 +70,15 @@ def stage_examples(
     for line in overlap(data.examples, held_out).lines():
         say(f"  {line}")
     return data, held_out
+
+
+def _check_both_kinds(data: Prepared) -> None:
+    """There are good answers and bad ones; raises DataError."""
+    for have, lack in (("good", "bad"), ("bad", "good")):
+        if not data.ledger.counts.get(lack):
+            what = f"{data.ledger.source}: all {data.ledger.counts.get(have, 0):,} answers are rated {have}"
+            remedy = "add answers of the other kind; to learn from good ones alone, use an sft stage"
+            raise DataError(f"{what}, and kto learns from good and bad ones", remedy)
 
 
 def run_order(stage: Stage, data: Prepared) -> RunOrder:
@@ -80,7 +94,13 @@ def run_order(stage: Stage, data: Prepared) -> RunOrder:
     return RunOrder(data.examples.sizes, batching, data.sources)
 
 
-def packed(examples: Examples, tokens: int, device: object) -> Iterator[Forest]:
+def packed(examples: Sequence[Example], tokens: int, device: object) -> Iterator[Forest]:
     """Examples packed for gradient-free passes of at most ``tokens`` tokens."""
-    groups = pack(range(len(examples)), examples.sizes, tokens)
-    yield from (lay_out(examples.at(g)).to(str(device)) for g in groups)
+    sizes = examples.sizes if isinstance(examples, Examples) else [e.tokens for e in examples]
+    yield from (lay_out([examples[i] for i in g]).to(str(device)) for g in pack(range(len(examples)), sizes, tokens))
+
+
+def beside(goal: Objective, examples: Sequence[Example], tokens: int, device: object) -> Iterator[Forest]:
+    """What an objective's first pass over some examples reads; nothing where it makes none."""
+    if goal.first is not None:
+        yield from packed(goal.first.examples(examples), tokens, device)

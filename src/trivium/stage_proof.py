@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ def prove_start(
     """
     if goal.at_start is None:
         return
-    forest = lay_out(_shortest(examples, 2)).to(model.device)
+    plain = [replace(e, weight=1.0, margin=0.0) for e in _shortest(examples, 2)]
+    forest = lay_out(plain).to(model.device)
     with parent() if parent else contextlib.nullcontext():
         loss = evaluate(goal, model.logprob, reference, [forest])[goal.at_start_of]
     allowed = 5 * TOLERANCE[model.dtype].mean

@@ -7,15 +7,19 @@ the objective declares. Final metrics are taken on what was saved.
 from __future__ import annotations
 
 import contextlib
+import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from trivium.data.cache import cache_folder, let_go, read_today
 from trivium.data.chat import ChatTemplate
 from trivium.data.templates import chat_template
-from trivium.files import folder_bytes, write_by, write_text
+from trivium.errors import RecipeError
+from trivium.files import folder_bytes, sha256_json, write_by, write_text
 from trivium.folder import attach, round_to, save
 from trivium.forest import Forest
 from trivium.model.language_model import LanguageModel
@@ -26,16 +30,16 @@ from trivium.peft import base as deltas
 from trivium.peft.kinds import FullSettings, Settings, virtual_tokens
 from trivium.peft.settings import method_name, settings_of
 from trivium.peft.targets import decoder_layers
-from trivium.stage_data import packed, run_order, stage_examples
+from trivium.stage_data import beside, packed, run_order, stage_examples
 from trivium.stage_proof import probe, prove_start, recomputes
 from trivium.stage_saving import LOG
 from trivium.stage_training import Training
 from trivium.stage_work import StageRun, Work
-from trivium.terminal import say
+from trivium.terminal import say, size
 from trivium.train import recompute
 from trivium.train.dropout import dropout_off
 from trivium.train.machine import PeakMemory
-from trivium.train.reference import Remembered, UnderParent, no_reference
+from trivium.train.reference import Moving, NoReference, Remembered, UnderParent, no_reference
 from trivium.under_way import versions
 
 
@@ -81,23 +85,70 @@ def _prepared(run: StageRun) -> Work:
     return Work(template, data, held_out, order, used, goal, settings, parent, base, proof)
 
 
-def _reference(run: StageRun, work: Work, held_out: list[Forest]) -> Any:
-    """How the parent's log-probabilities are had: not at all, under its small weights, or computed once."""
-    model = run.model
+def _reference(run: StageRun, work: Work, held_out: list[Forest]) -> NoReference:
+    """How the parent's log-probabilities are had: not at all, under its small weights, computed once, or moving."""
+    model, stage = run.model, run.stage
     if not work.goal.needs_reference:
         return no_reference
-    if isinstance(work.settings, FullSettings):
-        say("  the parent's log-probabilities are computed once, as its weights are about to change")
+    full = isinstance(work.settings, FullSettings)
+    if stage.reference_sync_steps is not None:
+        return _moving(run, work)
+    if stage.reference == "computed" and full:
+        what = f"stages.{stage.name}.reference: full training changes the parent's weights, so it cannot be computed"
+        raise RecipeError(f"{what} in every step", "use reference: kept, or leave it out")
+    again = work.order.epochs > 1
+    if stage.reference != "kept" and not full and not again:
+        return UnderParent(model.logprob, lambda: _as_parent(model, work.parent))
+    why = "as its weights are about to change" if full else "as every row is seen again" if again else "as asked"
+    say(f"  the parent's log-probabilities are computed once, {why}")
+    tokens = int(stage.micro_batch_tokens or 1)
 
-        def forests() -> Iterator[Forest]:
-            yield from packed(work.used, int(run.stage.micro_batch_tokens or 1), model.device)
-            yield from held_out
+    def forests() -> Iterator[Forest]:
+        yield from packed(work.used, tokens, model.device)
+        yield from held_out
+        steps = range(len(work.order) if work.goal.first else 0)
+        seen = ([work.data.examples[i] for i in work.order.chosen(n)] for n in steps)
+        for examples in (*seen, list(work.held_out)):
+            yield from beside(work.goal, examples, tokens, model.device)
 
-        if run.under_way is None:
-            return Remembered(model.logprob, forests())
-        about = {"training": run.under_way.about["training"]}
-        return Remembered.kept_in(run.under_way.folder / "reference", about, model.logprob, forests)
-    return UnderParent(model.logprob, lambda: _as_parent(model, work.parent))
+    def parents(forest: Forest) -> Tensor:
+        with _as_parent(model, work.parent) if not full else contextlib.nullcontext():
+            return model.logprob(forest)
+
+    if run.under_way is None:
+        return Remembered(parents, forests())
+    about = {"of": _what_is_kept(run, work)}
+    folder = cache_folder("reference") / about["of"][:32]
+    found, there = Remembered.kept_in(folder, about, parents, forests)
+    read_today(folder)
+    let_go(folder.parent)
+    if there:
+        say("  they were computed before, for the same rows and the same parent")
+    return found
+
+
+def _what_is_kept(run: StageRun, work: Work) -> str:
+    """All that the parent's log-probabilities depend on, to the last bit."""
+    assert run.under_way is not None, "there is a run in a folder"
+    model, examples = run.model, (work.used, work.held_out)
+    rows = [(e.store.key, hashlib.sha256(e.numbers.astype("<i8").tobytes()).hexdigest()) for e in examples]
+    steps = [work.order.chosen(n) for n in range(len(work.order))] if work.goal.first else []
+    how = [str(model.dtype), str(model.device), quantized(model.hf), work.proof.layout, run.stage.micro_batch_tokens]
+    return sha256_json([run.under_way.about["parent"], rows, steps, how, versions()])
+
+
+def _moving(run: StageRun, work: Work) -> NoReference:
+    """A reference that moves with the model. Raises RecipeError for a method that does not start as its parent."""
+    model, stage = run.model, run.stage
+    if _elsewhere(run, work) is not None:
+        what = f"stages.{stage.name}.reference_sync_steps: {method_name(work.settings)} does not start as its parent"
+        raise RecipeError(what, "leave it out, or use another method")
+    weights = {n: p for n, p in model.hf.named_parameters() if p.requires_grad}
+    found = Moving(model.logprob, weights, int(stage.reference_sync_steps or 1), stage.reference_mixup or 1.0,
+                   lambda: dropout_off(model))  # fmt: skip
+    more = sum(p.numel() * p.element_size() for p in weights.values())
+    say(f"  the reference moves every {stage.reference_sync_steps} steps: a copy of what is trained, {size(more)}")
+    return found
 
 
 # --- before the loop

@@ -23,6 +23,7 @@ from trivium.terminal import say
 from trivium.train import snapshot
 from trivium.train.checkpoint import Checkpoints
 from trivium.train.machine import free_memory
+from trivium.train.reference import NoReference
 from trivium.under_way import versions
 
 LOG = "metrics.jsonl"
@@ -46,7 +47,7 @@ class Saving:
         self._at = time.monotonic()  # not the clock on the wall, which may jump
         self._waited = self._beside = 0.0  # seconds that the training waited for it, and of all threads before it
 
-    def go_on(self, steps: int) -> int:
+    def go_on(self, steps: int, reference: NoReference) -> int:
         """Put everything back as it was after the checkpoint's step, which is returned: 0 where there is none."""
         if self.found is None:
             return 0
@@ -57,7 +58,9 @@ class Saving:
                 "put the data back, or start over with --fresh",
             )
         device = str(self.run.model.device)
-        snapshot.put_back(self.found.tensors(), self.run.model.hf, self.optimizers, device)
+        tensors = self.found.tensors()
+        snapshot.put_back(tensors, self.run.model.hf, self.optimizers, device)
+        reference.put_back(tensors.get("reference", {}))
         self.kept.best = (self.state.get("best") or {}).get("step")
         for total, more in ((self.run.costs, self.state["costs"]), (self.kept.costs, self.state["saving"])):
             for key, value in more.items():
@@ -86,10 +89,11 @@ class Saving:
         return since >= max(LEAST_SECONDS, cost / SHARE) and not self.kept.writing
 
     def save(
-        self, done: int, random: dict[str, torch.Tensor], state: Mapping[str, Any], log: str, best: bool = False,
-        beside: bool = True,
+        self, done: int, also: Mapping[str, dict[str, torch.Tensor]], state: Mapping[str, Any], log: str,
+        best: bool = False, beside: bool = True,
     ) -> None:  # fmt: skip
-        """A checkpoint of the state after step ``done``, unless there is one; ``random`` is the random state then.
+        """A checkpoint of the state after step ``done``, unless there is one; ``also`` are groups of tensors besides:
+        the random state then, and a reference that moves.
 
         Raises DiskError, NonFiniteError.
         """
@@ -103,7 +107,7 @@ class Saving:
         told = {**state, "step": done, "about": self.under.about, "accepted": self.under.accepted,
                 "date": self.work.template.told_date, "costs": asdict(self.run.costs),
                 "saving": asdict(self.kept.costs), "how": self._how()}  # fmt: skip
-        self.kept.save(done, {**taken, "rng": random}, told, {LOG: log}, beside, best)
+        self.kept.save(done, {**taken, **_kept(also, beside)}, told, {LOG: log}, beside, best)
         self._waited = time.perf_counter() - started
         self.kept.costs.seconds += self._waited
         self.step, self._at = done, time.monotonic()
@@ -141,3 +145,8 @@ class Saving:
             "state_sha256": self.kept.hashes,
         }
         return found | ({"accepted_changed_data": self.under.accepted} if self.under.accepted else {})
+
+
+def _kept(groups: Mapping[str, dict[str, torch.Tensor]], copy: bool) -> dict[str, dict[str, torch.Tensor]]:
+    """Tensors on the CPU; with ``copy`` they stay as they are while training goes on."""
+    return {name: {k: t.to("cpu", copy=copy) for k, t in group.items()} for name, group in groups.items()}

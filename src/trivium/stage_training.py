@@ -26,6 +26,7 @@ from trivium.model.language_model import LanguageModel
 from trivium.peft import base as deltas
 from trivium.peft.targets import decoder_layers
 from trivium.recipe import Stage
+from trivium.stage_data import beside
 from trivium.stage_saving import LOG, Saving
 from trivium.stage_work import StageRun, Work
 from trivium.talk import Talker
@@ -37,14 +38,19 @@ from trivium.train.log import TrainingLog, read_log
 from trivium.train.loop import StepLog, Task, train
 from trivium.train.machine import PeakMemory
 from trivium.train.optimizer import build_optimizers
+from trivium.train.reference import NoReference
 from trivium.train.schedule import factor
 
 
 class Training:
     """What a stage does between its proofs and its result; ``done`` steps are behind it."""
 
-    def __init__(self, run: StageRun, work: Work, reference: Any, held_out: list[Forest], peak: PeakMemory) -> None:
+    def __init__(
+        self, run: StageRun, work: Work, reference: NoReference, held_out: list[Forest], peak: PeakMemory
+    ) -> None:
         self.run, self.work, self.reference, self.held_out, self.peak = run, work, reference, held_out, peak
+        tokens = int(run.stage.micro_batch_tokens or 1)
+        self.beside = list(beside(work.goal, list(work.held_out), tokens, run.model.device))
         self.model, self.stage = run.model, run.stage
         self.device = str(self.model.device)
         self.steps = len(work.order)
@@ -66,7 +72,7 @@ class Training:
         with hold as self.stop, self._dropping(), torch.random.fork_rng():  # dropout draws from the global one
             torch.manual_seed(int(self.stage.seed or 0))
             if self.saving:
-                self.done = self.saving.go_on(self.steps)
+                self.done = self.saving.go_on(self.steps, self.reference)
                 self.saving.check_room()
                 self._note_attempt(self.saving)
             self.random = snapshot.random_state(self.device)
@@ -86,12 +92,13 @@ class Training:
 
     def _task(self) -> Task:
         stage, work, model = self.stage, self.work, self.model
-        examples = work.data.examples
+        examples, tokens = work.data.examples, int(stage.micro_batch_tokens or 1)
         return Task(
             objective=work.goal,
             logprob=model.logprob,
             reference=self.reference,
             batches=lambda n: (lay_out([examples[i] for i in g]).to(model.device) for g in work.order[n]),
+            beside=lambda n: beside(work.goal, [examples[i] for i in work.order.chosen(n)], tokens, model.device),
             steps=self.steps,
             rate=lambda n: factor(n, self.steps, str(stage.schedule), stage.warmup_ratio or 0.0),
             optimizers=self.optimizers,
@@ -107,6 +114,7 @@ class Training:
         self.log.step(step, spike=not step.skipped and self.guard.spiked(step))
         self.done = step.step
         self.random = snapshot.random_state(self.device)
+        self.reference.after_step(self.done)
         self.stop.check()
         self._evaluated()
         if self.saving and self.done < self.steps and self.saving.due(self.done):
@@ -133,7 +141,7 @@ class Training:
         check = model.hf.base_model.register_forward_pre_hook(lambda *_: self.stop.check())
         try:
             with run.costs.clock("eval_seconds"), dropout_off(model), self.log.paused(), torch.random.fork_rng():
-                metrics = evaluate(self.work.goal, model.logprob, self.reference, self.held_out)
+                metrics = evaluate(self.work.goal, model.logprob, self.reference, self.held_out, self.beside)
                 if run.judge is not None:
                     with model.laid_out("single"):  # generation is the model's own
                         metrics |= shares(run.judge(Talker.of(model), ALONG_THE_WAY))
@@ -180,7 +188,8 @@ class Training:
         if self.saving:
             with self.log.paused():
                 state = {"steps": self.steps, "best": self.best, "elapsed": self.log.elapsed, "peak": self.peak_bytes()}
-                self.saving.save(self.done, self.random, state, self.log.text(), best, beside)
+                also = {"rng": self.random, **({"reference": held} if (held := self.reference.tensors()) else {})}
+                self.saving.save(self.done, also, state, self.log.text(), best, beside)
 
     # --- the end
 

@@ -10,19 +10,24 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal
 
 from trivium.errors import RecipeError
+from trivium.objectives import OBJECTIVES, defaults, shares
 from trivium.peft.settings import only_named, rate_of
 from trivium.train.machine import pick_device
 
 if TYPE_CHECKING:
+    from trivium.data.formats import Kind
     from trivium.recipe import Recipe, Stage
 
 
 @dataclass(frozen=True)
 class StageKind:
-    """``rows`` is what a row of its data becomes (see `data.formats`)."""
+    """``rows`` is what a row of its data becomes (see `data.formats`), where its loss has no rows of its own;
+    ``losses`` are those that it may have. ``reads`` is what comes out of the model: log-probabilities, or a reward."""
 
-    rows: Literal["text", "conversation", "pair"]
+    rows: Kind
+    losses: tuple[str, ...]
     defaults: dict[str, Any] = field(default_factory=dict)
+    reads: Literal["logprob", "reward"] = "logprob"
 
 
 COMMON = {
@@ -45,18 +50,28 @@ COMMON = {
 STAGES = {
     "pretrain": StageKind(
         "text",
+        ("next_token",),
         {**COMMON, "loss": "next_token", "batch_tokens": 8192, "learning_rate": 1e-3, "warmup_ratio": 0.02,
          "weight_decay": 0.1, "max_length": 512},
     ),
     "sft": StageKind(
         "conversation",
+        ("next_token",),
         {**COMMON, "loss": "next_token", "batch_size": 16, "learning_rate": 2e-5, "warmup_ratio": 0.03,
          "weight_decay": 0.0, "train_on": "assistant"},
     ),
     "preference": StageKind(
         "pair",
-        {**COMMON, "loss": "dpo", "beta": 0.1, "batch_size": 16, "learning_rate": 1e-6, "warmup_ratio": 0.1,
-         "schedule": "linear", "weight_decay": 0.0, "scored": "best_worst"},
+        tuple(name for name, entry in OBJECTIVES.items() if entry.rows is not None and name != "bradley_terry"),
+        {**COMMON, "loss": "dpo", "batch_size": 16, "learning_rate": 1e-6, "warmup_ratio": 0.1,
+         "schedule": "linear", "weight_decay": 0.0, "scored": "best_worst", "reference": "auto"},
+    ),
+    "reward": StageKind(
+        "pair",
+        ("bradley_terry",),
+        {**COMMON, "loss": "bradley_terry", "batch_size": 16, "learning_rate": 1e-5, "warmup_ratio": 0.1,
+         "schedule": "linear", "weight_decay": 0.0, "scored": "all"},
+        "reward",
     ),
 }  # fmt: skip
 
@@ -81,6 +96,7 @@ NOT_IDENTITY = {
     "save_minutes",
     "keep_checkpoints",
     "skip_non_finite",
+    "reference",
 }
 
 # What changes only which of a training's models is taken: another choice needs no other training.
@@ -88,7 +104,14 @@ RESULT = {"result"}
 
 
 # Settings that came in later: as they are here, nothing is done otherwise than before, and nothing is trained again.
-USUAL = {"duplicates": "keep", "scored": "best_worst", "result": "last"}
+USUAL = {"duplicates": "keep", "scored": "best_worst", "result": "last", "label_smoothing": 0.0}
+
+
+def rows_of(stage: Stage) -> Kind:
+    """What a row of a stage's data becomes."""
+    kind = STAGES[stage.stage]
+    entries = [OBJECTIVES[name] for name in shares(stage.loss or kind.losses[0])]
+    return entries[0].rows or kind.rows
 
 
 def resolve(stage: Stage, recipe: Recipe, parent: dict[str, Any] | None, parent_name: str) -> tuple[Stage, list[str]]:
@@ -106,7 +129,8 @@ def resolve(stage: Stage, recipe: Recipe, parent: dict[str, Any] | None, parent_
         inherited["method"] = method  # `method: lora` on a LoRA parent goes on with that adapter
     have = {**known, **inherited}
     alternatives = {"epochs": "max_steps", "batch_size": "batch_tokens", "batch_tokens": "batch_size"}
-    for key, value in STAGES[stage.stage].defaults.items():
+    usual = STAGES[stage.stage].defaults
+    for key, value in {**usual, **defaults(have.get("loss") or usual["loss"])}.items():
         if key not in have and alternatives.get(key) not in have:
             defaulted[key] = value
     if {**have, **defaulted}["method"]["name"] != "full":
@@ -132,6 +156,8 @@ def resolve(stage: Stage, recipe: Recipe, parent: dict[str, Any] | None, parent_
 
 
 def _shown(key: str, value: Any) -> str:
+    if isinstance(value, dict) and "name" not in value:  # a mixture of losses
+        return f"{key} " + " + ".join(f"{share:g} {name}" for name, share in value.items())
     if isinstance(value, dict):
         rest = {k: v for k, v in value.items() if k != "name"}
         value = value["name"] + (f" ({', '.join(f'{k} {v}' for k, v in rest.items())})" if rest else "")

@@ -69,7 +69,7 @@ def preferences(count: int = 40) -> list[Example]:
         prompt = np.r_[system, prompt] if number % 2 else prompt
         rows = [np.r_[prompt, rng.integers(0, VOCABULARY, rng.integers(2, 12))] for _ in range(2)]
         masks = [(np.arange(len(r)) >= len(prompt)).astype(np.float32) for r in rows]
-        found.append(Example(tuple(map(TokenSequence, rows, masks)), f"rows:{number}"))
+        found.append(Example(tuple(map(TokenSequence, rows, masks)), f"rows:{number}", scores=(1, -1)))
     return found
 
 

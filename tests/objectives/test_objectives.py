@@ -19,7 +19,7 @@ from trivium.model.new import new_model
 from trivium.objectives import objective
 from trivium.objectives.base import per_sequence
 from trivium.objectives.next_token import next_token_loss
-from trivium.objectives.preference import dpo, dpo_loss
+from trivium.objectives.pairs import pairwise
 
 VOCABULARY = 64
 
@@ -43,7 +43,7 @@ def row(tokens: list[int], first: int) -> TokenSequence:
 
 
 def preference(prompt: list[int], chosen: list[int], rejected: list[int]) -> Example:
-    return Example((row(prompt + chosen, len(prompt)), row(prompt + rejected, len(prompt))))
+    return Example((row(prompt + chosen, len(prompt)), row(prompt + rejected, len(prompt))), scores=(1, -1))
 
 
 def synthetic(count: int, seed: int = 0) -> list[tuple[list[int], list[int], list[int]]]:
@@ -108,62 +108,6 @@ def test_supervised_fine_tuning_is_transformers_own_loss():
     assert_gradients(hf, taken(twin), 1e-5)
 
 
-# --- DPO
-
-
-def test_dpo_by_hand():
-    chosen, rejected = torch.tensor([2.0, -1.0, 0.0]), torch.tensor([1.0, 3.0, 0.0])
-    expected = [math.log(1 + math.exp(-0.5 * 1)), math.log(1 + math.exp(0.5 * 4)), math.log(2)]
-    assert dpo_loss(chosen, rejected, 0.5).tolist() == pytest.approx(expected)
-
-
-def test_dpo_on_a_batch_by_hand():
-    forest = lay_out([preference([1, 2], [3, 4], [5]), preference([1], [2], [3, 4])])
-    assert forest.target.tolist() == [3, 4, 5, 2, 3, 4]
-    logprob = torch.tensor([-1.0, -2.0, -0.5, -1.0, -3.0, -1.0], requires_grad=True)
-    parent = torch.tensor([-1.5, -2.5, -1.5, -1.0, -1.0, -1.0])
-    found = dpo({"beta": 0.5}).compute(logprob, forest, parent)
-    # first pair: chosen +1.0, rejected +1.0: a tie; second: chosen 0, rejected -2: margin 0.5 * 2
-    assert float(found.sum.detach()) == pytest.approx(math.log(2) + math.log(1 + math.exp(-1)))
-    stats = {name: float(value) for name, value in found.stats.items()}
-    assert stats == pytest.approx(
-        {"loss": stats["loss"], "accuracy": 1.5, "margin": 1.0, "logprob_chosen": -4.0, "logprob_rejected": -4.5}
-    )
-    assert stats["loss"] == float(found.sum.detach())
-    found.sum.backward()
-    tie, won = 0.5 * 0.5, 0.5 / (1 + math.e)  # beta * sigmoid(-margin), eq. 7's gradient
-    assert logprob.grad.tolist() == pytest.approx([-tie, -tie, tie, -won, won, won])
-    assert dpo({"beta": 0.5}).weight(forest) == 2.0
-
-
-def test_dpo_with_next_token_prediction_on_the_chosen_answers_by_hand():
-    forest = lay_out([preference([1, 2], [3, 4], [5]), preference([1], [2], [3, 4])])
-    logprob = torch.tensor([-1.0, -2.0, -0.5, -1.0, -3.0, -1.0], requires_grad=True)
-    parent = torch.tensor([-1.5, -2.5, -1.5, -1.0, -1.0, -1.0])
-    goal = objective({"loss": "dpo", "beta": 0.5, "sft_weight": 2.0})
-    plain = dpo({"beta": 0.5}).compute(logprob, forest, parent)
-    found = goal.compute(logprob, forest, parent)
-    sft = (1.0 + 2.0) / 2 + 1.0 / 1  # per token of each chosen answer
-    assert float(found.sum.detach()) == pytest.approx(float(plain.sum.detach()) + 2 * sft)
-    assert float(found.stats["preference_loss"]) == pytest.approx(float(plain.sum.detach()))
-    assert float(found.stats["sft_loss"]) == pytest.approx(sft)
-    (more,) = torch.autograd.grad(found.sum - plain.sum, logprob)
-    assert more.tolist() == pytest.approx([-1.0, -1.0, 0, -2.0, 0, 0], abs=1e-6)
-    assert (goal.name, goal.at_start_of) == ("dpo(beta=0.5, sft_weight=2)", "preference_loss")
-    start = goal.compute(logprob, forest, logprob.detach())
-    assert float(start.stats["preference_loss"]) / goal.weight(forest) == pytest.approx(goal.at_start)
-
-
-def test_dpo_starts_at_ln_2_and_does_not_overflow():
-    goal = objective({"loss": "dpo", "beta": 0.3})
-    assert (goal.at_start, goal.needs_reference) == (math.log(2), True)
-    forest = lay_out([preference([1, 2], [3, 4], [5])])
-    logprob = torch.tensor([-1.0, -2.0, -4.0])
-    assert float(goal.compute(logprob, forest, logprob).sum) == pytest.approx(math.log(2))
-    assert dpo_loss(torch.tensor([-1e4]), torch.tensor([1e4]), 1.0).tolist() == [2e4]
-    assert dpo_loss(torch.tensor([1e4]), torch.tensor([-1e4]), 1.0).tolist() == [0.0]
-
-
 def test_sums_per_sequence_with_some_empty():
     forest = lay_out([Example((row([1, 2, 3], 1), row([4], 0), row([5, 6], 1)))])
     assert per_sequence(torch.tensor([1.0, 2.0, 4.0]), forest).tolist() == [3.0, 0.0, 4.0]
@@ -220,7 +164,7 @@ def test_dpo_is_trls_on_a_real_model_and_real_pairs(shared, tmp_path):
     expected = trainer.compute_loss(trainer.model, trainer.data_collator(rows))
     expected.backward()
 
-    goal = dpo({"beta": 0.2})
+    goal = pairwise({"loss": "dpo", "beta": 0.2, "label_smoothing": 0.0})
     forest = lay_out([preference(r["prompt_ids"], r["chosen_ids"], r["rejected_ids"]) for r in rows])
     with mine.laid_out("forest"), parent.laid_out("forest"):
         with torch.no_grad():

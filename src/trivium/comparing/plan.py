@@ -18,7 +18,7 @@ from typing import Any
 from trivium.errors import RecipeError, nearest
 from trivium.peft.settings import PRESETS, as_written, method_of_preset, rate_of
 from trivium.recipe import Recipe, Stage
-from trivium.stages import INHERITED, STAGES, resolve
+from trivium.stages import INHERITED, STAGES, resolve, rows_of
 from trivium.start import given_method
 
 METHODS = ("full", "lora", "houlsby", "ia3", "bitfit")  # where none are named: one of each kind
@@ -108,7 +108,7 @@ def _chosen(recipe: Recipe, name: str | None) -> Stage:
         found = recipe.stages[names.index(name)]
     else:
         tuned = [s for s in recipe.stages if s.from_ or not new]
-        ranked = sorted(tuned, key=lambda s: ("conversation", "pair", "text").index(STAGES[s.stage].rows))
+        ranked = sorted(tuned, key=lambda s: ("conversation", "pair", "rating", "text").index(rows_of(s)))
         if not ranked:
             raise RecipeError(f"{recipe.name}: no stage that fine-tunes a model", "add one: sft, preference, ...")
         found = ranked[0]
@@ -163,7 +163,7 @@ def general_texts(recipe: Recipe) -> tuple[str, ...]:
     """Held-out text of the recipe's first pretraining stage; empty where it has none. Raises DataError."""
     from trivium.measures import exam_of
 
-    reads = [s for s in recipe.stages if STAGES[s.stage].rows == "text"]
+    reads = [s for s in recipe.stages if rows_of(s) == "text"]
     if not reads:
         return ()
     full, _ = resolve(reads[0], recipe, None, "")

@@ -117,6 +117,9 @@ class Maker:
                 continue
             made.counts["rewritten"] += self.spec.kind == "conversation" and len(texts) > 1
             made.counts["control_as_text"] += any(GUARD in t.text for t in texts)
+            if self.spec.kind == "rating":
+                for name, sign in (("good", 1), ("bad", -1)):
+                    made.counts[name] += sum(score == sign for score in about["scores"])
             made.counts["weighted"] += about.get("weight", 1.0) != 1
             made.counts["with_margin"] += about.get("margin", 0.0) != 0
             yield _Draft(row, digest_of(row.value), texts, about)

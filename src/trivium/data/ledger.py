@@ -22,6 +22,8 @@ COUNTS = {
     "rewritten": "{0:,} conversation{s} in one sequence for each turn, as the chat template rewrites earlier turns "
     "(train_on: last trains the last turn alone)",
     "died": "{0:,} time{s} a process that prepared rows died, and they were prepared again",
+    "good": "{0:,} answer{s} rated good",
+    "bad": "{0:,} answer{s} rated bad",
     "weighted": "{0:,} row{s} with a weight of {its} own",
     "with_margin": "{0:,} row{s} with a margin of {its} own",
     "control_as_text": "{0:,} row{s} with what looks like a control token: it stays text",

@@ -58,8 +58,11 @@ class RunOrder:
         return len(self.bounds) - 1
 
     def __getitem__(self, step: int) -> list[list[int]]:
-        chosen = [self._at(place) for place in range(self.bounds[step], self.bounds[step + 1])]
-        return pack(chosen, self.sizes, self.batching.micro_batch_tokens)
+        return pack(self.chosen(step), self.sizes, self.batching.micro_batch_tokens)
+
+    def chosen(self, step: int) -> list[int]:
+        """The examples of a step, in the order in which they were chosen, however they are packed."""
+        return [self._at(place) for place in range(self.bounds[step], self.bounds[step + 1])]
 
     @property
     def epochs(self) -> float:

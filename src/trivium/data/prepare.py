@@ -13,11 +13,7 @@ Cost: all cores; memory for a few blocks and `store.COLUMNS` of every example; d
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import shutil
-import tempfile
 import time
 import zlib
 from collections import deque
@@ -30,6 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
+from trivium.data.cache import cache_folder, let_go, read_today
 from trivium.data.chat import ChatTemplate, TrainOn
 from trivium.data.encoder import Encoder
 from trivium.data.examples import Maker, Overflow, Pairs, Spec, held_out_below, overflow
@@ -40,14 +37,13 @@ from trivium.data.store import Examples, Store
 from trivium.data.workers import Here, Job, Part, Workers, cores, part_of
 from trivium.errors import DataError
 from trivium.files import sha256_json, write_bytes
-from trivium.terminal import Progress, say
+from trivium.terminal import Progress
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FORMAT = 2  # of what lies in the cache, and of how blocks are cut
 LITTLE = 3_000_000  # bytes of files for which no processes are started
-KEPT_DAYS = 30  # what nobody has read for so long is let go
 
 
 @dataclass(frozen=True)
@@ -82,6 +78,7 @@ def prepare(
     context: int,
     on_overflow: Overflow | None = None,
     pairs: Pairs = "best_worst",
+    ends: bool = False,
     duplicates: Literal["keep", "drop"] = "keep",
     holdout: float = 0.0,
     bad_rows: float | None = 0.01,
@@ -89,7 +86,7 @@ def prepare(
     """Read, recognise, render and tokenise all rows of ``source``: paths, or rows in memory.
 
     ``on_overflow`` says what becomes of rows longer than ``max_length`` (or the model's ``context``); left out, it is
-    as `overflow` says. ``holdout`` is the part of
+    as `overflow` says. ``ends``: what is read of a sequence is its end, for a reward. ``holdout`` is the part of
     the rows kept out of training, decided by each row's own content: adding rows moves none from one side to the other,
     and identical rows are on the same side. Raises DataError where a file is missing, nothing useful is left, or more
     than ``bad_rows`` (a share) are unusable; never where that is None.
@@ -98,7 +95,7 @@ def prepare(
     limit = min(max_length or context, context)
     assert limit >= 2, "a sequence needs two tokens: one to predict from and one to predict"
     how = overflow(kind, max_length, on_overflow)
-    spec = Spec(kind, limit, train_on, "drop" if how == "error" else how, pairs)
+    spec = Spec(kind, limit, train_on, "drop" if how == "error" else how, pairs, ends)
     encoder = template.encoder if template is not None else Encoder.of(tokenizer)
     mixes = [_mix(s) for s in ([source] if isinstance(source, (str, Path, Listed, Mix)) else source)]
     units = _units(mixes)
@@ -167,9 +164,8 @@ def _stored(units: list[_Unit], maker: Maker) -> tuple[Store, Accounts]:
     if count is None:
         count = _make_parts(units, maker, folder)
         write_bytes(manifest, json.dumps({"format": FORMAT, "key": key, "parts": count}).encode())
-        _let_go(folder.parent)
-    with contextlib.suppress(OSError):
-        os.utime(manifest)  # read today
+        let_go(folder.parent)
+    read_today(folder)
     files = [_part_file(folder, n) for n in range(count)]
     return Store(files, names, key), lambda: (_account(file) or {} for file in files)
 
@@ -194,24 +190,6 @@ def _key(units: list[_Unit], maker: Maker) -> str:
             described["date"] = time.strftime("%Y-%m-%d")
     files = [(sha256_of([u.source]), u.source.suffixes, u.fields) for u in units if isinstance(u.source, Path)]
     return sha256_json([FORMAT, files, asdict(maker.spec), maker.encoder.dump(), described])
-
-
-def cache_folder() -> Path:
-    """Where prepared data is kept: ``$TRIVIUM_CACHE``, else the user's cache folder; a temporary one if that cannot
-    be written."""
-    named = os.environ.get("TRIVIUM_CACHE")
-    home = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    folder = (Path(named) if named else Path(home) / "trivium") / "prepared"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if os.access(folder, os.W_OK):
-            return folder
-    except OSError:
-        pass
-    other = Path(tempfile.gettempdir()) / f"trivium-{os.getuid() if hasattr(os, 'getuid') else 'cache'}"
-    say(f"  note: {folder} cannot be written; prepared data goes to {other} (TRIVIUM_CACHE says where else)")
-    other.mkdir(parents=True, exist_ok=True)
-    return other
 
 
 def _part_file(folder: Path, number: int) -> Path:
@@ -298,13 +276,3 @@ def _jobs(units: list[_Unit], told: Callable[[int], None]) -> Iterator[Job]:
 
 def _further(told: Callable[[int], None], before: int, at: int) -> None:
     told(before + at)
-
-
-def _let_go(folder: Path) -> None:
-    """Delete what nobody has read for a month."""
-    for old in folder.iterdir():
-        with contextlib.suppress(OSError):
-            manifest = old / "manifest.json"
-            read = (manifest if manifest.exists() else old).stat().st_mtime
-            if time.time() - read > KEPT_DAYS * 86_400:
-                shutil.rmtree(old)

@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from trivium.talk import Talker
+if TYPE_CHECKING:
+    from trivium.talk import Talker
 
 ALONG_THE_WAY = 50  # answers that will do for a point of a curve
 Z95 = 1.959964  # of the normal distribution, two-sided
@@ -55,7 +56,7 @@ def judged(verdicts: Mapping[str, Verdict]) -> dict[str, dict[str, Any]]:
     return found
 
 
-def interval(met: int, of: int) -> tuple[float, float]:
+def interval(met: float, of: int) -> tuple[float, float]:
     """The 95% interval of a share of ``met`` in ``of`` (Wilson 1927), which stays within 0 and 1."""
     share, spread = met / of, Z95**2 / of
     middle = (share + spread / 2) / (1 + spread)

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from trivium.errors import DataError, NonFiniteError
 from trivium.forest import Forest
-from trivium.objectives.base import Objective
+from trivium.objectives.base import LogProb, Objective, Reference, Sums
 from trivium.train.optimizer import set_rate
 
 
@@ -29,19 +27,24 @@ def stop(step: int, what: str, rows: list[str]) -> None:
     )
 
 
+def nothing_beside(step: int) -> Iterator[Forest]:
+    return iter(())
+
+
 @dataclass(frozen=True)
 class Task:
     """What the loop is handed. ``batches(n)`` gives the forests of step ``n``; ``rate(n)`` its learning-rate factor."""
 
     objective: Objective
-    logprob: Callable[[Forest], Tensor]
-    reference: Callable[[Forest], Tensor | None]
+    logprob: LogProb
+    reference: Reference
     batches: Callable[[int], Iterator[Forest]]
     steps: int
     rate: Callable[[int], float]
     optimizers: list[torch.optim.Optimizer]
     max_grad_norm: float
     not_finite: Callable[[int, str, list[str]], None] = stop  # (step, what, rows): raises, or the step is left out
+    beside: Callable[[int], Iterator[Forest]] = nothing_beside  # what the objective's first pass over step ``n`` reads
 
 
 @dataclass(frozen=True)
@@ -76,15 +79,16 @@ def train(task: Task, after_step: Callable[[StepLog], None], done: int = 0) -> N
             raise DataError(
                 f"step {number + 1}: nothing to learn in {some(_rows(forests))}", "check the data's answers"
             )
-        sums: dict[str, Tensor] = defaultdict(lambda: torch.zeros(()))
+        goal, sums = task.objective, Sums()
+        if goal.first is not None:
+            goal = goal.first.known(task.logprob, task.reference, task.beside(number))
         for forest in forests:
             reference = task.reference(forest)
-            result = task.objective.compute(task.logprob(forest), forest, reference)
+            result = goal.compute(task.logprob(forest), forest, reference)
             if len(forest.source):  # else nothing in it is trained, and there is no gradient to take
                 (result.sum / weight).backward()
-            for name, value in result.stats.items():
-                sums[name] = sums[name] + value.cpu()
-        stats = {name: float(value) / weight for name, value in sums.items()}
+            sums.add(result, goal.weight(forest))
+        stats = sums.means()
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, task.max_grad_norm))
         fault, rows = _fault(stats["loss"], norm), _rows(forests)
         set_rate(task.optimizers, task.rate(number))

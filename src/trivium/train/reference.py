@@ -1,32 +1,48 @@
 """The reference of preference tuning: the parent's log-probabilities, never a silent second copy of the model.
 
 With an adapter the parent is the same base under the parent's small weights: a gradient-free pass over the same
-forest. With full training the parent's numbers are computed once, before the first step, and kept: beside the
-checkpoints, so that a training that goes on need not put the parent back to compute them again.
+forest. With full training, or where every row is seen several times, the parent's numbers are computed once, before
+the first step, and kept: on disk under what they are computed of, so that a training that goes on, or another one on
+the same rows, need not compute them again. On request the reference moves with the model (TR-DPO).
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Hashable, Iterable, Mapping
+import hashlib
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from trivium.files import damage, make_folder, read_tensors, whole_folder, write_tensors
 from trivium.forest import Forest
 
 LogProb = Callable[[Forest], Tensor]
+KEPT = "kept.safetensors"
 
 
-def no_reference(forest: Forest) -> None:
-    """For objectives that compare with nothing."""
-    return None
+class NoReference:
+    """For objectives that compare with nothing; and what every reference has."""
+
+    def __call__(self, forest: Forest) -> Tensor | None:
+        """The parent's log-probabilities, ``[K]``."""
+        return None
+
+    def after_step(self, step: int) -> None:
+        """Called after every optimizer step, from 1."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What a checkpoint has to hold of it."""
+        return {}
+
+    def put_back(self, tensors: Mapping[str, Tensor]) -> None:
+        """As it was when ``tensors`` were taken."""
 
 
-class UnderParent:
+class UnderParent(NoReference):
     """A pass over the same forest with the model put back to its parent inside ``parent()``."""
 
     def __init__(self, logprob: LogProb, parent: Callable[[], contextlib.AbstractContextManager[None]]) -> None:
@@ -37,48 +53,96 @@ class UnderParent:
             return self.logprob(forest)
 
 
-class Remembered:
+class Moving(NoReference):
+    """TR-DPO, Gorbatovski et al. 2024, eq. 3 and 4: every so many steps the reference moves to the model.
+
+    ``mixup`` of the way: 1 is the hard update. It starts as the model starts. Costs one more copy of all ``weights``
+    that are trained, and a gradient-free pass over each forest.
+    """
+
+    def __init__(
+        self, logprob: LogProb, weights: Mapping[str, nn.Parameter], steps: int, mixup: float,
+        plainly: Callable[[], contextlib.AbstractContextManager[None]],
+    ) -> None:  # fmt: skip
+        self.logprob, self.weights, self.steps, self.mixup, self.plainly = logprob, weights, steps, mixup, plainly
+        self.held = {name: weight.detach().clone() for name, weight in weights.items()}
+
+    def __call__(self, forest: Forest) -> Tensor:
+        with torch.no_grad(), self.plainly(), self._swapped():
+            return self.logprob(forest)
+
+    @contextlib.contextmanager
+    def _swapped(self) -> Iterator[None]:
+        own = {name: weight.data for name, weight in self.weights.items()}
+        try:
+            for name, weight in self.weights.items():
+                weight.data = self.held[name]
+            yield
+        finally:
+            for name, weight in self.weights.items():
+                weight.data = own[name]
+
+    def after_step(self, step: int) -> None:
+        if step % self.steps == 0:
+            for name, weight in self.weights.items():
+                self.held[name].lerp_(weight.detach(), self.mixup)
+
+    def tensors(self) -> dict[str, Tensor]:
+        return dict(self.held)
+
+    def put_back(self, tensors: Mapping[str, Tensor]) -> None:
+        for name, held in self.held.items():
+            held.copy_(tensors[name])
+
+
+class Remembered(NoReference):
     """The parent's numbers of each example, computed once while the model still is its parent.
 
     Costs one gradient-free pass over the examples and four bytes per trained token.
     """
 
     def __init__(self, logprob: LogProb, forests: Iterable[Forest]) -> None:
-        self.kept: dict[Hashable, Tensor] = {}
+        self.kept: dict[int, Tensor] = {}
         self._compute(logprob, forests)
 
     @classmethod
     def kept_in(
         cls, folder: Path, about: Mapping[str, Any], logprob: LogProb, forests: Callable[[], Iterable[Forest]]
-    ) -> Remembered:
+    ) -> tuple[Remembered, bool]:
         """Those that ``folder`` keeps, where it is whole and says ``about`` of itself; else computed, and kept there.
 
-        For examples of stored rows, whose identity is (store, number). Raises DiskError.
+        And whether they were there. For examples of stored rows, which are the same in every process. Raises DiskError.
         """
         found = cls(logprob, ())
         if folder.is_dir() and damage(folder, about) is None:
-            for name, group in read_tensors(folder).items():
-                pieces = group["values"].split(group["counts"].tolist())
-                found.kept |= {(name, n): piece for n, piece in zip(group["numbers"].tolist(), pieces, strict=True)}
-            return found
+            (group,) = read_tensors(folder).values()
+            pieces = group["values"].split(group["counts"].tolist())
+            found.kept = dict(zip(group["keys"].tolist(), pieces, strict=True))
+            return found, True
         found._compute(logprob, forests())
         make_folder(folder.parent)
+        counts = torch.tensor([len(v) for v in found.kept.values()])
+        tensors = {"keys": torch.tensor([*found.kept]), "counts": counts, "values": torch.cat([*found.kept.values()])}
         with whole_folder(folder, about) as partial:
-            for store in {identity[0] for identity in found.kept}:  # type: ignore[index]
-                mine = {identity[1]: v for identity, v in found.kept.items() if identity[0] == store}  # type: ignore[index]
-                counts = torch.tensor([len(v) for v in mine.values()])
-                tensors = {"numbers": torch.tensor(list(mine)), "counts": counts, "values": torch.cat([*mine.values()])}
-                write_tensors(partial / f"{store}.safetensors", tensors)
-        return found
+            write_tensors(partial / KEPT, tensors)
+        return found, False
 
     def _compute(self, logprob: LogProb, forests: Iterable[Forest]) -> None:
         with torch.no_grad():
             for forest in forests:
-                if all(e.identity in self.kept for e in forest.examples):
+                keys = [_key(e.identity) for e in forest.examples]
+                if all(key in self.kept for key in keys):
                     continue
                 counts = [e.trained_tokens for e in forest.examples]
-                pieces = logprob(forest).cpu().split(counts)
-                self.kept.update(zip((e.identity for e in forest.examples), pieces, strict=True))
+                self.kept.update(zip(keys, logprob(forest).cpu().split(counts), strict=True))
 
     def __call__(self, forest: Forest) -> Tensor:
-        return torch.cat([self.kept[e.identity] for e in forest.examples]).to(forest.tokens.device)
+        return torch.cat([self.kept[_key(e.identity)] for e in forest.examples]).to(forest.tokens.device)
+
+
+no_reference = NoReference()
+
+
+def _key(identity: Hashable) -> int:
+    """An example's identity in 63 bits, the same in every process."""
+    return int.from_bytes(hashlib.sha256(repr(identity).encode()).digest()[:8], "big") >> 1
