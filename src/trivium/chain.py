@@ -19,7 +19,7 @@ from trivium.lock import LOCK, only_run
 from trivium.measures import Measures
 from trivium.recipe import Recipe, Stage
 from trivium.report.write import REPORT, write_report
-from trivium.stages import RESULT, identity_settings, resolve
+from trivium.stages import RESULT, STAGES, identity_settings, resolve
 from trivium.start import (
     Link,
     add_tokens,
@@ -95,7 +95,8 @@ def _in_order(
         links[full.name] = Link(str(out / full.name), record["identity"], record["lineage"])
         if len(links) == 1:  # only now, as a mistake in the data should not have to wait for it
             measures.of_start(recipe, came_from, full)
-        measures.of_stage(full, out / full.name, record["identity"])
+        if STAGES[full.stage].reads != "reward":
+            measures.of_stage(full, out / full.name, record["identity"])
         summary["stages"].append(summary_of(record) | {"from": full.from_} | measures.around(full))
         write_json(out / SUMMARY, summary)
         write_report([out], out / REPORT)
@@ -200,6 +201,7 @@ def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path
 
     from trivium.folder import identity_of, open_folder, place
     from trivium.model.quantized import quantized, unpack
+    from trivium.model.reward import as_reward_model
     from trivium.peft import base as deltas
     from trivium.peft.kinds import FullSettings, quantization
     from trivium.peft.settings import settings_of
@@ -218,7 +220,12 @@ def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path
     if is_start(recipe, parent) and recipe.model.get("add_tokens"):  # type: ignore[union-attr]
         add_tokens(opened.model, stage, wanted)
     lies = opened.base or parent.source
+    rewards = STAGES[stage.stage].reads == "reward"
+    if opened.model.gives_rewards and not rewards:
+        what = f"{parent.source} is a reward model: it gives numbers, and has no words left to train"
+        raise ModelError(what, f"start stages.{stage.name} from the model that it was made of")
     goes_on = deltas.continues(opened.model.hf, wanted) and quantized(opened.model.hf) == quantization(wanted)
+    goes_on = goes_on and opened.model.gives_rewards == rewards
     if deltas.deltas(opened.model.hf) and not goes_on:
         say("  another method than its parent's: the parent's adapter is merged into its base first")
         unpack(opened.model.hf)
@@ -226,13 +233,16 @@ def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path
         opened.settings, opened.base = FullSettings(), None
         lies = "merged"
     written: dict[str, str] = {}
+    itself = opened.model  # a base is written as the language model that it is
+    if rewards:
+        opened.model = as_reward_model(opened.model, int(stage.seed or 0))
 
     def adapter_base() -> str:
         """Where the frozen base lies; written beside the stages where no folder holds it as it is used."""
         if "source" not in written:
             beside = _needs_writing(lies, recipe, parent)
             folder = out / (f"{stage.name}-base" if lies == "merged" else BASE)
-            written["source"] = str(written_base(opened.model, folder).resolve()) if beside else lies
+            written["source"] = str(written_base(itself, folder).resolve()) if beside else lies
         return written["source"]
 
     def base() -> dict[str, Any] | None:

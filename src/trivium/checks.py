@@ -7,6 +7,7 @@ from typing import Any
 
 from trivium.errors import DataError, ModelError, RecipeError, UserError
 from trivium.recipe import Recipe, Stage
+from trivium.stages import STAGES
 
 
 def check_data(stage: Stage) -> None:
@@ -93,6 +94,7 @@ def _check_merges(model: Any, stages: list[Stage], plans: dict[str, Any]) -> Non
         if before is None or parent is None:
             continue
         same_base = quantization(settings_of(before.method)) == quantization(settings_of(stage.method))
+        same_base = same_base and STAGES[before.stage].reads == STAGES[stage.stage].reads
         if own is not None and same_base and alike(parent.deltas, own.deltas):
             continue  # it goes on with its parent's adapter
         for name, delta in parent.deltas.items():

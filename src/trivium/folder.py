@@ -18,6 +18,7 @@ from trivium.files import read_json, sha256_file, sha256_json, write_by, write_j
 from trivium.model.language_model import LanguageModel
 from trivium.model.load import load_base, offline_where_unreachable, quiet
 from trivium.model.quantized import quantized
+from trivium.model.reward import as_reward_model
 from trivium.peft.hub import CHILD
 from trivium.peft.kinds import FullSettings, Settings, quantization
 from trivium.terminal import size
@@ -87,6 +88,8 @@ def open_folder(
     opened = open_folder(base, dtype, device, overrides)
     if (how := adapter.quantization_of(folder)) is not None:
         quantize_layers(opened.model, how)
+    if adapter.gives_rewards(folder):
+        opened.model = as_reward_model(opened.model, 0)
     attached = adapter.load(opened.model.hf, folder)
     if (folder / "tokenizer_config.json").is_file():
         opened.model.tokenizer = load_tokenizer(folder)

@@ -165,15 +165,19 @@ def probes(model: LanguageModel) -> list[list[int]]:
 
 
 def _logits(model: LanguageModel, rows: list[list[int]]) -> list[Tensor]:
-    """``[n, V]`` for each row, float32."""
+    """``[n, V]`` for each row, float32; of a reward model ``[1, 1]``."""
     with torch.no_grad():
-        return [model.hf(input_ids=torch.tensor([row], device=model.device)).logits[0].float().cpu() for row in rows]
+        said = [model.hf(input_ids=torch.tensor([row], device=model.device)).logits for row in rows]
+    return [(one if model.gives_rewards else one[0]).float().cpu() for one in said]
 
 
 def _apart(expected: list[Tensor], found: list[Tensor], dtype: torch.dtype) -> Gate:
     one, other = torch.cat(expected), torch.cat(found)
     likeliest = one.argmax(1, keepdim=True)
-    apart = (one.log_softmax(1).gather(1, likeliest) - other.log_softmax(1).gather(1, likeliest)).abs()
+    if one.shape[1] == 1:  # rewards
+        apart = (one - other).abs()
+    else:
+        apart = (one.log_softmax(1).gather(1, likeliest) - other.log_softmax(1).gather(1, likeliest)).abs()
     return Gate(
         logits=float((one - other).abs().max()),
         logprobs=float(apart.mean()),

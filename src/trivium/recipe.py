@@ -349,5 +349,9 @@ class Recipe(Strict):
                 hint = nearest(stage.from_, seen)
                 what = f"no stage before it is called '{stage.from_}'{after}{hint}"
                 raise _wrong(what, f"stages before it: {names}", "stages", number, "from")
+            before = next((s for s in self.stages if s.name == stage.from_), None)
+            if before is not None and STAGES[before.stage].reads != STAGES[stage.stage].reads == "logprob":
+                what = f"'{before.name}' is a reward model: it gives numbers, and has no words left to train"
+                raise _wrong(what, f"start from what {before.name} was made of", "stages", number, "from")
             seen.append(stage.name)
         return self

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trivium.data.templates import chat_template
+from trivium.errors import ModelError
 from trivium.folder import open_folder, trained_template
 from trivium.model.generate import generate, generate_many
 from trivium.model.language_model import LanguageModel
@@ -36,7 +37,9 @@ class Talker:
 
     @classmethod
     def of(cls, model: LanguageModel) -> Talker:
-        """A model in hand, with its tokenizer's own template."""
+        """A model in hand, with its tokenizer's own template. Raises ModelError for a reward model."""
+        if model.gives_rewards:
+            raise ModelError("a reward model gives numbers, not text", "trivium score reads rows with it")
         template = chat_template(model.tokenizer)
         return cls(model, template, template.stop_ids)
 

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 
 ADAPTERS = "trivium_adapters"
 
+# Another attribute: the names of modules that the model has new, and that are trained whole beside any adapter.
+NEW_HEADS = "trivium_new_heads"
+
 
 @dataclass(frozen=True, eq=False)
 class Virtual:

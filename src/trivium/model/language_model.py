@@ -14,7 +14,7 @@ from trivium.forest import Forest
 from trivium.model import attention
 from trivium.model.layout import hidden_states
 from trivium.model.quantized import count
-from trivium.model.readout import Readout, readout_of
+from trivium.model.readout import Readout, RewardReadout, readout_of
 from trivium.virtual import Adapters, Virtual, adapters_of
 
 # On CUDA lines are filled to a multiple of this, so that few shapes are compiled.
@@ -42,7 +42,7 @@ class LanguageModel:
     layout: str = "forest"
     native_attention: str = "sdpa"
     notes: list[str] = field(default_factory=list)
-    _readout: Readout | None = None
+    _readout: Readout | RewardReadout | None = None
 
     @property
     def device(self) -> torch.device:
@@ -59,13 +59,18 @@ class LanguageModel:
         return (context_of(self.config) or 2**20) - (virtual.length if virtual else 0)
 
     @property
-    def readout(self) -> Readout:
+    def readout(self) -> Readout | RewardReadout:
         if self._readout is None:
             self._readout = readout_of(self.hf)
         return self._readout
 
+    @property
+    def gives_rewards(self) -> bool:
+        """Whether it is a reward model: what it says of an entry is no log-probability then."""
+        return isinstance(self.readout, RewardReadout)
+
     def logprob(self, forest: Forest) -> Tensor:
-        """Log-probability of every entry of the forest, ``[K]``, float32."""
+        """Log-probability of every entry of the forest, ``[K]``, float32; of a reward model, its reward."""
         if not len(forest.source):
             return torch.zeros(0, device=self.device)
         with self.computing():

@@ -19,6 +19,7 @@ from urllib.parse import urlsplit
 from trivium.errors import ModelError
 from trivium.files import read_json
 from trivium.model.language_model import LanguageModel
+from trivium.virtual import NEW_HEADS
 
 # What transformers says at length: a part of it, and what it means to a person.
 KNOWN = (
@@ -74,7 +75,7 @@ def load_base(source: str, dtype: str, device: str, overrides: dict[str, Any] | 
     ``overrides`` change settings of its config. Raises ModelError where it is not there or cannot be read.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     where, extra = locate(source)
     if extra:
@@ -88,7 +89,8 @@ def load_base(source: str, dtype: str, device: str, overrides: dict[str, Any] | 
                 raise ModelError(f"{source}: its config has no '{key}' to override", "remove it from `model`")
             setattr(config, key, value)
         tokenizer = AutoTokenizer.from_pretrained(where, **extra, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        kind = AutoModelForSequenceClassification if _gives_rewards(source, config) else AutoModelForCausalLM
+        loaded: Any = kind.from_pretrained(
             where,
             config=config,
             **extra,
@@ -103,11 +105,24 @@ def load_base(source: str, dtype: str, device: str, overrides: dict[str, Any] | 
         raise ModelError(
             f"{source}: its weights lack {len(missing)} tensors, e.g. {missing[0]}", "use a complete model folder"
         )
+    if kind is AutoModelForSequenceClassification:
+        setattr(hf, NEW_HEADS, ("score",))
     if extra and hasattr(hf.config, "quantization_config"):
         # GGUF is dequantised on loading; saving it would claim otherwise
         del hf.config.quantization_config
         hf.hf_quantizer = None
     return wrap(hf.to(device).eval(), tokenizer, dtype, getattr(torch, str(saved or "float32").removeprefix("torch.")))
+
+
+def _gives_rewards(source: str, config: Any) -> bool:
+    """Whether a config is that of a reward model. Raises ModelError for a classifier of another kind."""
+    named = str((getattr(config, "architectures", None) or [""])[0])
+    if not named.endswith("ForSequenceClassification"):
+        return False
+    if config.num_labels != 1:
+        what = f"{source}: a classifier of {config.num_labels} labels, where a reward model has one"
+        raise ModelError(what, "give a language model, or a reward model")
+    return True
 
 
 def shape_of(source: str) -> Any:

@@ -115,7 +115,12 @@ def _separate(model: LanguageModel, forest: Forest) -> Tensor:
                 continue
             row = forest.tokens[torch.from_numpy(places).to(forest.tokens.device)]
             what, behind = row_inputs(model.hf, row[None], model.virtual)
-            logits = model.hf(**what, use_cache=False).logits[0, behind:]
+            said = model.hf(**what, use_cache=False).logits
+            if model.gives_rewards:
+                first += len(entries)
+                found.append(said[0].float())
+                continue
+            logits = said[0, behind:]
             logits = logits[torch.from_numpy(entries).to(logits.device)].float()
             target = forest.target[first : first + len(entries)]
             first += len(entries)

@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trivium.virtual import Adapters, adapters_of, same_again
+from trivium.virtual import NEW_HEADS, Adapters, adapters_of, same_again
 
 # A chunk's float32 logits take about this many bytes.
 CHUNK_BYTES = 32 * 2**20
@@ -73,12 +73,30 @@ class Readout(nn.Module):
         return torch.cat([checkpoint(chunk, h, t, use_reentrant=False, context_fn=again) for h, t in pairs])
 
 
-def readout_of(model: Any) -> Readout:
-    """The readout of a `transformers` causal model, with the logit scaling that its configuration declares.
+class RewardReadout(nn.Module):
+    """The readout of a reward model: ``hidden [K, D]`` -> rewards ``[K]`` in float32; what an entry targets is nothing
+    to it."""
+
+    def __init__(self, score: nn.Module) -> None:
+        super().__init__()
+        self.score = score
+
+    def forward(self, hidden: Tensor, target: Tensor) -> Tensor:
+        with torch.autocast(hidden.device.type, enabled=False):
+            weight = self.score.get_parameter("weight")
+            found: Tensor = self.score(hidden.to(weight.dtype))
+        return found[:, 0].float()
+
+
+def readout_of(model: Any) -> Readout | RewardReadout:
+    """The readout of a `transformers` causal model, with the logit scaling that its configuration declares; or of a
+    reward model.
 
     Granite divides the logits by ``logits_scaling``, Cohere multiplies by ``logit_scale``, Gemma and others cap them
     at ``final_logit_softcapping``. What a configuration does not declare, the proof before training finds.
     """
+    if getattr(model, NEW_HEADS, ()):
+        return RewardReadout(model.score)
     config = model.config.get_text_config()
     scale = 1.0 / (getattr(config, "logits_scaling", None) or 1.0) * (getattr(config, "logit_scale", None) or 1.0)
     softcap = getattr(config, "final_logit_softcapping", None)

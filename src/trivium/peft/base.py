@@ -20,7 +20,7 @@ import importlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -28,11 +28,12 @@ from torch import Tensor, nn
 
 from trivium.errors import ModelError
 from trivium.model.quantized import count
+from trivium.peft.copies import Copies
 from trivium.peft.delta import Delta, Plan
 from trivium.peft.hub import CHILD, DEFAULT, Hub, Use, check_name
 from trivium.peft.kinds import Settings
 from trivium.peft.settings import METHODS, method_name
-from trivium.virtual import ADAPTERS
+from trivium.virtual import ADAPTERS, NEW_HEADS
 
 
 @dataclass(frozen=True)
@@ -61,23 +62,29 @@ def attach(model: nn.Module, settings: Settings, seed: int, name: str = DEFAULT)
     def fill(hung: dict[str, Delta]) -> None:
         if any(parameter.is_meta for delta in hung.values() for parameter in delta.parameters()):
             return
+        new = getattr(model, NEW_HEADS, ())
         if plan.fill is not None:
             with off(model):
-                plan.fill(model, hung, generator)
-        for target, delta in hung.items() if plan.fill is None else ():
-            delta.reset(model.get_submodule(target), generator)
+                plan.fill(model, {target: delta for target, delta in hung.items() if target not in new}, generator)
+        for target, delta in hung.items():
+            if plan.fill is None or target in new:
+                delta.reset(model.get_submodule(target), generator)
 
     return hang(model, settings, plan, fill, name)
 
 
 def plan_for(model: nn.Module, settings: Settings) -> Plan | None:
-    """The deltas that ``attach`` would hang, as shapes only, on the ``meta`` device; None for ``full``."""
+    """The deltas that ``attach`` would hang, as shapes only, on the ``meta`` device; None for ``full``.
+
+    Modules that the model has new are trained whole beside any method's own.
+    """
     module = METHODS[method_name(settings)].module
     if module is None:
         return None
     with torch.device("meta"):
         plan: Plan = importlib.import_module(module).build(model, settings)
-    return plan
+        new = {name: Copies(model.get_submodule(name), ("weight",)) for name in getattr(model, NEW_HEADS, ())}
+    return replace(plan, deltas={**plan.deltas, **new})
 
 
 def hang(

@@ -30,12 +30,14 @@ from trivium.peft.lora_starts import plain_alpha
 from trivium.peft.peft_format import MERGE, PREFIX, Read, Source, common, hung_of
 from trivium.peft.peft_lora import LORA
 from trivium.peft.settings import method_name, settings_for
+from trivium.virtual import NEW_HEADS
 
 FORMATS = {LoRASettings: ("LORA", LORA), **peft_format.FORMATS}
 WEIGHTS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 TYPE = "trivium_type"
 BASE = "base_model_name_or_path"
+REWARDS = "SEQ_CLS"  # the task_type of a reward model's adapter, which holds its readout, too
 # What a recipe says for what a config of PEFT says; what the tensors tell is not there.
 WORDS = {
     "LORA": ("lora", {
@@ -68,12 +70,14 @@ def save(
     weights, and checked when they are read.
     """
     hung = hung_of(model, name)
-    if (format := FORMATS.get(type(settings))) is not None:
+    rewards = any(head in hung for head in getattr(model, NEW_HEADS, ()))
+    task = {"task_type": REWARDS} if rewards else {}
+    if (format := FORMATS.get(type(settings))) is not None and (format is FORMATS[LoRASettings] or not rewards):
         peft_type, written = format
-        config = {**common(peft_type, base), **written.config(model, settings, hung)}
+        config = {**common(peft_type, base), **written.config(model, settings, hung), **task}
         small = written.tensors(hung)
     else:
-        config = {TYPE: method_name(settings), BASE: base, **asdict(settings)}
+        config = {TYPE: method_name(settings), BASE: base, **asdict(settings), **task}
         small = small_weights(hung, fixed=True)
     held = torch.float32 if any(delta.exact for delta in hung.values()) else dtype
     ready = {key: tensor.detach().to("cpu", held).contiguous() for key, tensor in small.items()}
@@ -159,6 +163,11 @@ def quantization_of(folder: Path) -> str | None:
     return found if found in QUANTIZATIONS else None
 
 
+def gives_rewards(folder: Path) -> bool:
+    """Whether an adapter makes a reward model of its base."""
+    return bool(read_config(folder).get("task_type") == REWARDS)
+
+
 def read_config(folder: Path) -> dict[str, Any]:
     """The settings of an adapter folder as they are in its ``adapter_config.json``. Raises ModelError."""
     path = _inside(folder, CONFIG)
@@ -177,7 +186,8 @@ def method_in(folder: Path) -> dict[str, Any] | None:
     """A recipe's words for the adapter of a folder, so that a stage can go on training it; None where it has none."""
     config = read_config(folder)
     if TYPE in config:
-        return {"name": config[TYPE], **{k: v for k, v in config.items() if k not in (TYPE, BASE) and v is not None}}
+        own = {k: v for k, v in config.items() if k not in (TYPE, BASE, "task_type") and v is not None}
+        return {"name": config[TYPE], **own}
     peft_type = config.get("peft_type")
     if peft_type not in WORDS:
         return None
@@ -214,12 +224,12 @@ def _times(value: Any, factor: float) -> Any:
 
 
 def _own_settings(config: dict[str, Any], folder: Path) -> Settings:
-    values = {key: value for key, value in config.items() if key not in (TYPE, BASE)}
+    values = {key: value for key, value in config.items() if key not in (TYPE, BASE, "task_type")}
     try:
         settings = settings_for(config[TYPE], values)
     except UserError as error:
         raise ModelError(f"{folder / CONFIG}: {error.what}", error.remedy) from None
-    if isinstance(settings, FullSettings) or type(settings) in FORMATS:
+    if isinstance(settings, FullSettings) or (type(settings) in FORMATS and config.get("task_type") != REWARDS):
         raise ModelError(f"{folder / CONFIG} has {TYPE} {config[TYPE]!r}", "Fetch the adapter again.")
     return settings
 
