@@ -97,6 +97,8 @@ def _in_order(
             measures.of_start(recipe, came_from, full)
         if STAGES[full.stage].reads != "reward":
             measures.of_stage(full, out / full.name, record["identity"])
+        if full.stage == "preference":
+            measures.against_parent(full, out / full.name, record["identity"], came_from)
         summary["stages"].append(summary_of(record) | {"from": full.from_} | measures.around(full))
         write_json(out / SUMMARY, summary)
         write_report([out], out / REPORT)

@@ -31,7 +31,7 @@ class Measures:
     """The measures of a run's models, by stage; ``judge`` is a program of one's own that looks at answers."""
 
     def __init__(self, out: Path, recipe: Recipe, stages: list[Stage], judge: Judge | None = None) -> None:
-        self.file, self.judge = out / MEASURES, judge
+        self.file, self.judge, self.out, self.recipe = out / MEASURES, judge, out, recipe
         self.exam = exam_of(recipe, stages)
         asked = {"prompts": self.exam.shown(), "texts": len(self.exam.texts)}
         self.key = sha256_json([self.exam.prompts, self.exam.texts])
@@ -49,11 +49,39 @@ class Measures:
         """Measure what a stage has saved."""
         self._take(stage.name, identity, str(folder), stage, {})
 
+    def against_parent(self, stage: Stage, folder: Path, identity: str, parent: Link) -> None:
+        """What preference tuning did to a model's answers, unless that was found out before."""
+        from trivium.judging import judge, preference_of
+
+        asked = self.recipe.judge
+        if parent.source == "new" or not self.recipe.judge_prompts or self.recipe.prompts == []:
+            return
+        prompts = _held_out_prompts(stage, self.recipe.judge_prompts)
+        key = sha256_json([identity, parent.identity, prompts, asked.model_dump() if asked else None])
+        found = self.known.get(stage.name, {}).get("against")
+        if found is None or found.get("key") != key:
+            started = time.perf_counter()
+            prefers = preference_of(asked, self.out, stage.device) if asked is not None else None
+            changes = overrides(self.recipe, parent)
+            compared = judge(str(folder), parent.source, prompts, prefers, device=stage.device, dtype=stage.dtype,
+                             changes=changes)  # fmt: skip
+            if compared is None:
+                say(f"  note: no held-out prompt leaves room for an answer, so {stage.name} is not compared")
+                return
+            seconds = time.perf_counter() - started
+            found = {"key": key, "seconds": seconds, **compared.as_dict(), "line": compared.line()}
+            say(f"  against its parent: {compared.line()} ({clock(seconds)})")
+        self.found["models"].setdefault(stage.name, {})["against"] = found
+        write_json(self.file, self.found)
+
     def around(self, stage: Stage) -> dict[str, Any]:
         """For the summary: bits per byte of the run's text before and after a stage, and the verdicts."""
         before, after = (self.found["models"].get(n, {}) for n in (stage.from_ or START, stage.name))
         bits = {"before": before.get("bits_per_byte"), "after": after.get("bits_per_byte")}
         found: dict[str, Any] = {"text_bits_per_byte": bits} if bits["after"] is not None else {}
+        if "against" in after:
+            kept = ("unchanged", "tokens", "kl", "won", "line")
+            found["against"] = {k: v for k, v in after["against"].items() if k in kept}
         return found | ({"judged": after["judged"]} if "judged" in after else {})
 
     def _take(self, name: str, identity: str, source: str, stage: Stage, changes: dict[str, Any]) -> None:
@@ -64,6 +92,8 @@ class Measures:
         judge = None if self.judge is None else getattr(self.judge, "key", object())
         if found is None or found.get("identity") != identity or found.get("judge") != judge:
             found = self._measured(identity, source, stage, changes)
+        if "against" in (kept := self.known.get(name, {})):
+            found = {**found, "against": kept["against"]}
         self.found["models"][name] = found
         if found != self.known.get(name):
             write_json(self.file, self.found)
@@ -83,6 +113,15 @@ class Measures:
         told += [f"{asked} prompt{'s' * (asked > 1)} answered"] if asked else []
         say(f"  measured: {', '.join([*told, clock(found['seconds'])])}")
         return found
+
+
+def _held_out_prompts(stage: Stage, most: int) -> tuple[Any, ...]:
+    """Prompts of a stage's held-out rows; where it has none, of its rows."""
+    from trivium.evaluate.exam import prompts_from
+
+    own, share = held_out_from(stage), held_out_share(stage) or None
+    sources = own if own is not None else trained_on(stage)
+    return prompts_from(sources, rows_of(stage), share if own is None else None, most)
 
 
 def _read(file: Path) -> dict[str, Any]:

@@ -296,6 +296,22 @@ class Stage(Strict):
         return self
 
 
+class JudgeSource(Strict):
+    """Who says which of two answers is the better one: a reward model, or a model behind an endpoint."""
+
+    reward: str | None = Field(None, min_length=1, description="A reward stage of this recipe, or a reward model.")
+    endpoint: str | None = Field(None, min_length=1, description="An OpenAI-compatible endpoint, e.g. http://host/v1.")
+    model: str | None = Field(None, min_length=1, description="The model to ask for behind the endpoint.")
+
+    @model_validator(mode="after")
+    def _one(self) -> JudgeSource:
+        if (self.reward is None) == (self.endpoint is None):
+            raise ValueError("give either reward or endpoint")
+        if (self.endpoint is None) != (self.model is None):
+            raise ValueError("endpoint and model go together")
+        return self
+
+
 class Recipe(Strict):
     """A chain of stages on one model."""
 
@@ -311,6 +327,12 @@ class Recipe(Strict):
     )
     prompts: list[str] | None = Field(
         None, description="Asked of the model after every stage, for the report; left out: held-out rows; []: nothing."
+    )
+    judge: JudgeSource | None = Field(
+        None, description="Who judges the answers of preference stages against their parents'; left out: nobody."
+    )
+    judge_prompts: int = Field(
+        16, ge=0, description="How many held-out prompts a preference stage and its parent answer, to be compared."
     )
     eval_text: str | None = Field(
         None,

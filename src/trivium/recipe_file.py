@@ -12,7 +12,7 @@ import yaml
 from pydantic import ValidationError
 
 from trivium.errors import RecipeError, listed, nearest
-from trivium.recipe import MEND, DataSource, Recipe, Stage
+from trivium.recipe import MEND, DataSource, JudgeSource, Recipe, Stage
 
 
 def any_recipe(recipe: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
@@ -66,6 +66,18 @@ def recipe_of(value: dict[str, Any], path: Path, overrides: list[str] | None = N
     except ValidationError as error:
         raise _explained(error, value, node, path) from None
     return _absolute(recipe, path.resolve().parent)
+
+
+def one_judge(reward: str | None, endpoint: str | None, model: str | None) -> JudgeSource | None:
+    """Who judges, as options of a command say it; None where they name nobody. Raises RecipeError."""
+    if reward is None and endpoint is None and model is None:
+        return None
+    try:
+        return JudgeSource(reward=reward, endpoint=endpoint, model=model)
+    except ValidationError as error:
+        said = error.errors()[0]["msg"].removeprefix("Value error, ")
+        remedy = "e.g. --reward DIR, or --endpoint URL --model NAME"
+        raise RecipeError(f"the judge: {said}", remedy) from None
 
 
 def _override(value: dict[str, Any], override: str) -> None:
@@ -196,6 +208,8 @@ def _absolute(recipe: Recipe, folder: Path) -> Recipe:
 
     if recipe.eval_text is not None:
         recipe.eval_text = place(recipe.eval_text)
+    if recipe.judge is not None and recipe.judge.reward not in (None, *(s.name for s in recipe.stages)):
+        recipe.judge.reward = _model_place(str(recipe.judge.reward), folder)
     for stage in recipe.stages:
         for source in [*stage.data, *(stage.eval_data if isinstance(stage.eval_data, list) else [])]:
             source.path = place(source.path)

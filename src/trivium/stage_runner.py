@@ -234,8 +234,20 @@ def _report(run: StageRun, work: Work, measured: dict[str, dict[str, float]], tr
         "dtype": {"computation": str(model.dtype), "saved": str(model.saved_dtype)},
         "template": _of_template(template),
         "versions": versions(),
-        "events": training.events(),
+        "events": {**training.events(), "both_fell": _both_fell(measured)},
     }
+
+
+def _both_fell(measured: dict[str, dict[str, float]]) -> bool:
+    """Whether chosen and rejected answers have both become less likely: what is learnt goes to other text then."""
+    before, after = measured["before"], measured["after"]
+    names = ("logprob_chosen", "logprob_rejected")
+    fell = all(n in before and after.get(n, 0.0) < before[n] for n in names)
+    if fell:
+        told = " and ".join(f"{n.removeprefix('logprob_')} {before[n]:.1f} → {after[n]:.1f}" for n in names)
+        say(f"  note: chosen and rejected held-out answers both became less likely ({told}): what was learnt goes to")
+        say("  other text; sft_weight, a smaller learning rate or fewer epochs hold on to the chosen ones")
+    return fell
 
 
 def _of_template(template: ChatTemplate) -> dict[str, Any]:

@@ -93,6 +93,8 @@ def happened(stage: dict[str, Any]) -> list[str]:
         told.append(f"{len(skipped)} step{'s' * (len(skipped) != 1)} left out as not finite ({steps})")
     if spikes := events.get("spikes"):
         told.append(f"the loss jumped at step {', '.join(str(one['step']) for one in spikes)}")
+    if events.get("both_fell"):
+        told.append("chosen and rejected answers both became less likely")
     if files := events.get("accepted_changed_data"):
         told.append(f"went on with changed data ({', '.join(files)})")
     if (saving := events.get("checkpoints")) and saving["saved"]:

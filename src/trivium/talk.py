@@ -79,5 +79,14 @@ class Talker:
         self, prompts: list[list[int]], most: int, temperature: float = 0.0, seed: int = 0, samples: int = 1
     ) -> list[str]:
         """The text after each prompt of tokens, many side by side."""
-        found = generate_many(self.model, prompts, most, self.stop_ids, temperature, seed, samples)
-        return [self.model.tokenizer.decode(ids, skip_special_tokens=True) for ids in found]
+        return self.texts(self.ids_after(prompts, most, temperature, seed, samples))
+
+    def ids_after(
+        self, prompts: list[list[int]], most: int, temperature: float = 0.0, seed: int = 0, samples: int = 1
+    ) -> list[list[int]]:
+        """The tokens of the answer to each prompt, without its stop token."""
+        return generate_many(self.model, prompts, most, self.stop_ids, temperature, seed, samples)
+
+    def texts(self, answers: list[list[int]]) -> list[str]:
+        """The text of answers, without control tokens."""
+        return [self.model.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]

@@ -1,4 +1,4 @@
-"""``trivium data check``, ``show`` and ``template``: to look at data before spending on it."""
+"""``trivium data check``, ``show``, ``template``, ``rank``: to look at data before spending on it, and to make it."""
 
 from __future__ import annotations
 
@@ -34,9 +34,38 @@ Field = Annotated[
 
 
 def add_to(app: typer.Typer) -> None:
-    for command in (check, show, template):
+    for command in (check, show, template, rank):
         group.command(command.__name__)(command)
     app.add_typer(group, name="data")
+
+
+def rank(
+    files: Files,
+    reward: Annotated[str, typer.Option("--reward", metavar="DIR", help="The reward model that ranks them.")],
+    out: Annotated[Path, typer.Option("--out", help="The file of pairs (.jsonl) to write.")],
+    sample: Annotated[
+        str | None, typer.Option("--sample", metavar="DIR", help="A model that answers the prompts, instead of theirs.")
+    ] = None,
+    n: Annotated[int, typer.Option("-n", min=2, help="Answers to each prompt, with --sample.")] = 4,
+    temperature: Annotated[float, typer.Option(min=0.01, help="Of the answers that are drawn.")] = 0.8,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer that is drawn, at most.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the answers that are drawn.")] = 0,
+    every: Annotated[bool, typer.Option("--all", help="All answers with rewards, not best and worst.")] = False,
+    field: Field = None,
+) -> None:
+    """Rank the answers of rows by a reward model: pairs (or scored answers) for a preference stage."""
+    from trivium.terminal import say
+
+    if not out.absolute().parent.is_dir():
+        raise DiskError(f"{out}: there is no folder {out.parent}", "make it, or choose another place")
+    asked = _asked(None, None, None, None, "assistant", field)
+    read = [mix if not asked.fields else type(mix)(mix.source, None, asked.fields) for mix in mixes(files)]
+    from trivium.judging import reward_model, sampler
+    from trivium.ranking import write_ranked
+
+    draws = sampler(sample, n, temperature, max_new_tokens, seed) if sample is not None else None
+    for line in write_ranked(read, reward_model(reward), draws, out, every):
+        say(line)
 
 
 def check(
@@ -52,9 +81,9 @@ def check(
     """Formats, bad rows with file:line, lengths, what is trained; exit code 2 if anything would stop a run."""
     from trivium.data import check as checks
 
-    mixes = _mixes(files)
+    read = mixes(files)
     asked = _asked(model, max_length, on_overflow, stage, train_on, field)
-    found = checks.check(mixes, asked)
+    found = checks.check(read, asked)
     if json:
         import json as codec
 
@@ -91,7 +120,7 @@ def show(
     asked = _asked(model, max_length, on_overflow, stage, train_on, field)
     encoder = Encoder.of(asked.tokenizer)
     rows = []
-    for one in checks.check(_mixes(files), asked):
+    for one in checks.check(mixes(files), asked):
         if one.prepared is None or not len(one.prepared.examples):
             raise DataError(*(one.stops or "no row to show\ngive other files").split("\n", 1))
         ledger = one.ledger
@@ -156,7 +185,7 @@ def _compared(now: str, then: str | None) -> str:
     return " (the one it was trained with)" if now == then else f" (NOT the one it was trained with, {then[:12]})"
 
 
-def _mixes(files: list[str]) -> list[Mix]:
+def mixes(files: list[str]) -> list[Mix]:
     from trivium.data.hub import local
     from trivium.data.rows import Mix
 

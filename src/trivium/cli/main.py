@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from trivium.cli import compare, data, merge, run, talk
+from trivium.cli import compare, data, judge, merge, run, talk
 from trivium.errors import DiskError, Interrupted, UserError
 from trivium.files import NO_ROOM
 from trivium.interrupt import Stopped, asked, ignore, stop_at_once
@@ -26,6 +26,7 @@ compare.add_to(app)
 data.add_to(app)
 talk.add_to(app)
 merge.add_to(app)
+judge.add_to(app)
 
 
 def main() -> None:

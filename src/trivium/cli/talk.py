@@ -30,14 +30,28 @@ def generate(
     raw: Annotated[
         bool, typer.Option("--raw", help="Continue the text as it stands, without the chat template.")
     ] = False,
+    best_of: Annotated[int, typer.Option("--best-of", min=1, help="Draw so many answers, print the best.")] = 1,
+    reward: Annotated[
+        str | None, typer.Option("--reward", metavar="DIR", help="The reward model that says so.")
+    ] = None,
 ) -> None:
     """Answer one prompt."""
+    if (best_of > 1) != (reward is not None):
+        raise ModelError("--best-of and --reward go together", "give both, or none")
+    if best_of > 1 and (temperature == 0 or raw):
+        given = "--raw" if raw else "--temperature 0"
+        raise ModelError(f"--best-of with {given}: there is nothing to choose from", "e.g. --temperature 0.8, no --raw")
     from trivium.talk import Talker
 
     prompt = _text(sys.stdin.buffer.read() if prompt == "-" else os.fsencode(prompt))
     if not prompt.strip() and not raw:
         raise ModelError("the prompt is empty", "give a prompt, or --raw to let the model begin by itself")
     talker = Talker.open(folder)
+    if reward is not None:
+        from trivium.judging import best_answer
+
+        print(best_answer(talker, prompt, reward, best_of, max_new_tokens, temperature, seed))
+        return
     ids = talker.raw_prompt(prompt) if raw else talker.prompt([{"role": "user", "content": prompt}])
     for piece in talker.stream(ids, max_new_tokens, temperature, seed):
         print(piece, end="", flush=True)

@@ -80,10 +80,10 @@ def _tokens(talker: Talker, prompt: tuple[Message, ...] | str) -> list[int] | No
         return None
 
 
-def prompts_from(sources: Sequence[Mix], kind: Kind, held_out: float | None) -> tuple[Any, ...]:
-    """A few prompts out of the data: those of held-out rows (share ``held_out``; None: any row)."""
+def prompts_from(sources: Sequence[Mix], kind: Kind, held_out: float | None, most: int = PROMPTS) -> tuple[Any, ...]:
+    """Up to ``most`` prompts out of the data: those of held-out rows (share ``held_out``; None: any row)."""
     found: list[Any] = []
-    for value in islice(good_rows(sources, _asked(held_out)), LOOKED_AT):
+    for value in islice(good_rows(sources, _asked(held_out)), max(LOOKED_AT, 2 * most)):
         try:
             row = parse(value, kind)
         except RowError:
@@ -101,7 +101,8 @@ def prompts_from(sources: Sequence[Mix], kind: Kind, held_out: float | None) -> 
             found.append(start)
     found = [p for p in found if p]
     readable = [p for p in found if len(str(p if isinstance(p, str) else p[-1].get("content"))) <= READABLE]
-    return tuple((readable or found)[:PROMPTS])
+    different = {repr(p): p for p in readable or found}
+    return tuple(different.values())[:most]
 
 
 def texts_from(sources: Sequence[Source | Mix], held_out: float | None) -> tuple[str, ...]:

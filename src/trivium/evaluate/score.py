@@ -1,17 +1,28 @@
-"""The log-probability of answers, each under an adapter of its own if it names one: one pass serves many."""
+"""What a model says of answers: their log-probabilities, or a reward model's rewards; one pass serves many.
+
+scored(model, examples, adapters=["anna", "ben"])      # each under an adapter of its own, if it names one
+rewards(model, conversations)                          # of a reward model, a number for each
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from trivium.forest import Example, lay_out
+from trivium.data.examples import at_its_end
+from trivium.data.formats import RowError
+from trivium.data.templates import chat_template
+from trivium.errors import DataError, ModelError
+from trivium.forest import Example, TokenSequence, lay_out
 from trivium.model.language_model import LanguageModel
 from trivium.model.proof import prove
 
 PASS_TOKENS = 2048  # in one pass
+
+Messages = Sequence[Mapping[str, Any]]
 
 
 def scored(model: LanguageModel, examples: Sequence[Example], adapters: Sequence[str | None] = ()) -> list[float]:
@@ -19,21 +30,75 @@ def scored(model: LanguageModel, examples: Sequence[Example], adapters: Sequence
 
     Raises ModelError for a model whose layouts disagree.
     """
+    named = [replace(e, adapter=a) for e, a in zip(examples, adapters, strict=True)] if adapters else examples
+    return [sum(each) for each in by_sequence(model, named)]
+
+
+def by_sequence(model: LanguageModel, examples: Sequence[Example]) -> list[list[float]]:
+    """The sum over the trained tokens of every sequence of each example; beginnings that are alike are read once."""
+    sums: list[list[float]] = []
+    for example, values in zip(examples, per_entry(model, examples), strict=True):
+        parts = values.split([s.trained_tokens for s in example.sequences])
+        sums.append([float(part.sum()) for part in parts])
+    return sums
+
+
+def per_entry(model: LanguageModel, examples: Sequence[Example]) -> list[torch.Tensor]:
+    """What the model says of every trained token of each example, its sequences one after the other."""
     if not examples:
         return []
     ranked = sorted(range(len(examples)), key=lambda n: examples[n].tokens)
-    layout = prove(model, [examples[n] for n in {ranked[0], ranked[-1]}]).layout
-    named = [replace(e, adapter=a) for e, a in zip(examples, adapters, strict=True)] if adapters else list(examples)
-    found = [0.0] * len(named)
-    group: list[int] = []
+    layout = prove(model, [replace(examples[n], adapter=None) for n in {ranked[0], ranked[-1]}]).layout
+    found = [torch.zeros(0)] * len(examples)
     with torch.no_grad(), model.laid_out(layout):
-        for place, number in enumerate(ranked):
-            group.append(number)
-            following = named[ranked[place + 1]].tokens if place + 1 < len(ranked) else PASS_TOKENS
-            if sum(named[n].tokens for n in group) + following > PASS_TOKENS:
-                forest = lay_out(named[n] for n in group).to(model.device)
-                parts = model.logprob(forest).split([named[n].trained_tokens for n in group])
-                for n, part in zip(group, parts, strict=True):
-                    found[n] = float(part.sum())
-                group = []
+        for group in _groups([examples[n].tokens for n in ranked]):
+            numbers = [ranked[place] for place in group]
+            forest = lay_out(examples[n] for n in numbers).to(model.device)
+            parts = model.logprob(forest).cpu().split([examples[n].trained_tokens for n in numbers])
+            for n, part in zip(numbers, parts, strict=True):
+                found[n] = part
     return found
+
+
+def _groups(sizes: Sequence[int]) -> list[list[int]]:
+    """Consecutive places, as many together as make a pass."""
+    groups: list[list[int]] = []
+    room = 0
+    for place, size in enumerate(sizes):
+        if not groups or size > room:
+            groups.append([])
+            room = PASS_TOKENS
+        groups[-1].append(place)
+        room -= size
+    return groups
+
+
+def rewards(model: LanguageModel, conversations: Sequence[Messages]) -> list[float]:
+    """A reward for each conversation's last answer. Those that follow one another with one prompt share it.
+
+    Raises ModelError for a model that gives none, DataError for a conversation that the template or the model's
+    context cannot take.
+    """
+    if not model.gives_rewards:
+        raise ModelError("the model gives no rewards: it is no reward model", "train one with a stage: reward")
+    if not conversations:
+        return []
+    read = [rewarded(model, list(messages)) for messages in conversations]
+    examples: list[list[TokenSequence]] = []
+    for number, sequence in enumerate(read):
+        same = number and conversations[number][:-1] == conversations[number - 1][:-1]
+        examples[-1].append(sequence) if same else examples.append([sequence])
+    return [reward for each in by_sequence(model, [Example(tuple(e)) for e in examples]) for reward in each]
+
+
+def rewarded(model: LanguageModel, messages: list[dict[str, Any]] | list[Mapping[str, Any]]) -> TokenSequence:
+    """A conversation as a reward model reads it. Raises DataError."""
+    template = chat_template(model.tokenizer)
+    try:
+        sequence = at_its_end(template.encode([dict(m) for m in messages], "last")[-1])
+    except RowError as error:
+        raise DataError(f"a conversation cannot be read: {error}", "mend it, or leave it out") from None
+    if len(sequence.tokens) - 1 > model.context:
+        what = f"a conversation has {len(sequence.tokens) - 1} tokens, and the model reads {model.context}"
+        raise DataError(what, "leave it out, or cut it")
+    return sequence

@@ -43,7 +43,21 @@ def charts(runs: list[RunView]) -> list[dict[str, Any]]:
                              tints[str(run.folder), name]) for run, stage in alike]  # fmt: skip
             svg = line_chart(series, "optimizer step", "pairs ranked right", f"Accuracy of {name}", "%")
             found.append(_figure(name, "share of held-out pairs whose chosen answer gained more", svg))
+        found += _of_answers(name, alike, tints, len(runs) > 1)
     return [f for f in [*_along_the_way(stages, tints, len(runs) > 1), *found] if f["svg"]]
+
+
+def _of_answers(name: str, alike: list[tuple[RunView, StageView]], tints: Any, several: bool) -> list[dict[str, Any]]:
+    """How likely held-out answers are on the way: both falling is how preference tuning is known to go wrong."""
+    series = [
+        Series(f"{run.label}: {side}" if several else side, stage.points(f"eval_logprob_{side}"),
+               tints[str(run.folder), name], faint=side == "rejected")
+        for run, stage in alike for side in ("chosen", "rejected")
+    ]  # fmt: skip
+    if not any(one.points for one in series):
+        return []
+    svg = line_chart(series, "optimizer step", "log-probability (nats)", f"Held-out answers of {name}")
+    return [_figure(name, "log-probability of held-out answers, rejected ones faint; both falling is a warning", svg)]
 
 
 def _along_the_way(stages: list[tuple[RunView, StageView]], tints: Any, several: bool) -> list[dict[str, Any]]:

@@ -58,6 +58,34 @@ def answers(runs: list[RunView]) -> list[dict[str, Any]]:
     return found
 
 
+def duels(runs: list[RunView]) -> list[dict[str, Any]]:
+    """Of each preference stage its answers against its parent's: ``{"name", "line", "duels"}``, see `duels_of`."""
+    found = []
+    for run in runs:
+        for stage in run.stages:
+            if isinstance(seen := stage.measured.get("against"), dict):
+                name = f"{run.label}: {stage.name}" if len(runs) > 1 else stage.name
+                found.append({"name": name, "line": str(seen["line"]), "duels": duels_of(seen)})
+    return found
+
+
+def duels_of(seen: dict[str, Any]) -> list[dict[str, str]]:
+    """Each prompt with both answers and the verdict, what differs first: ``{"prompt", "old", "new", "verdict"}``."""
+    verdicts = (seen.get("won") or {}).get("verdicts") or [None] * len(seen["duels"])
+    words = {1.0: "the new answer won", 0.5: "a tie", 0.0: "the parent's answer won", None: ""}
+    told = [
+        {"prompt": _conversation(duel["prompt"]), "old": str(duel["old"]), "new": str(duel["new"]),
+         "verdict": "unchanged" if duel["old"] == duel["new"] else words[verdict]}
+        for duel, verdict in zip(seen["duels"], verdicts, strict=True)
+    ]  # fmt: skip
+    return sorted(told, key=lambda duel: duel["verdict"] == "unchanged")
+
+
+def _conversation(messages: Any) -> str:
+    said = [(str(m["role"]), str(m.get("content") or "")) for m in messages]
+    return said[0][1] if len(said) == 1 else "\n".join(f"{role}: {text}" for role, text in said)
+
+
 def settings_rows(runs: list[RunView]) -> list[dict[str, Any]]:
     """For each stage: its data counts, settings, versions, proof and costs, as pairs of text."""
     found = []

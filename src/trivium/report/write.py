@@ -17,7 +17,7 @@ from trivium.errors import ModelError
 from trivium.files import make_folder, write_text
 from trivium.report.figures import charts, judged_charts, lineage_of
 from trivium.report.gather import RunView, run_view
-from trivium.report.tables import answers, cost_rows, facts, settings_rows
+from trivium.report.tables import answers, cost_rows, duels, duels_of, facts, settings_rows
 
 REPORT = "report.html"
 
@@ -32,28 +32,42 @@ def write_report(folders: Sequence[Path], path: Path) -> Path:
     return path
 
 
-def page(runs: list[RunView]) -> str:
-    """The page of one run, or of several side by side."""
-    from jinja2 import Environment, StrictUndefined
+def rendered(name: str, **values: Any) -> str:
+    """One of the pages of this folder, with its style."""
+    from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
-    here = resources.files("trivium.report")
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(here.joinpath("page.html").read_text(encoding="utf-8"))
-    style = Markup(here.joinpath("page.css").read_text(encoding="utf-8"))
+    def read(file: str) -> str:
+        return resources.files("trivium.report").joinpath(file).read_text(encoding="utf-8")
+
+    environment = Environment(
+        autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(read)
+    )
+    return environment.get_template(name).render(style=Markup(read("page.css")), **values)
+
+
+def write_judged(seen: dict[str, Any], title: str, path: Path) -> None:
+    """The page of one model against its parent: ``seen`` is `Against.as_dict()` and its ``line``."""
+    write_text(path, rendered("judged.html", title=title, line=seen["line"], found=duels_of(seen)))
+
+
+def page(runs: list[RunView]) -> str:
+    """The page of one run, or of several side by side."""
+    from markupsafe import Markup
 
     def drawn(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         return [{**one, "svg": Markup(one["svg"])} for one in found]
 
     several = len(runs) > 1
-    return template.render(
+    return rendered(
+        "page.html",
         title=runs[0].name if len(runs) == 1 else " against ".join(run.label for run in runs),
-        style=style,
         several=several,
         runs=[{"view": run, "facts": facts(run), "lineage": Markup(lineage_of(run))} for run in runs],
         charts=drawn(charts(runs)),
         judged=drawn(judged_charts(runs)),
         costs=cost_rows(runs),
         answers=answers(runs),
+        duels=duels(runs),
         settings=settings_rows(runs),
     )
