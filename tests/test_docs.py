@@ -62,7 +62,7 @@ def test_contributing_adds_a_loss_a_method_and_a_stage(folder: Path) -> None:
                 "stage": "preference",
                 "from": "chat",
                 "data": "my_pairs.jsonl",
-                "loss": "hinge",
+                "loss": "sppo",
                 **SHORT,
             },
         ],
@@ -75,7 +75,7 @@ def test_contributing_adds_a_loss_a_method_and_a_stage(folder: Path) -> None:
         cwd=folder, env=environment, capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert "proof: hinge(beta=0.1) starts at 1.000000" in done.stderr
+    assert "proof: sppo(beta=0.1) starts at 50.000000" in done.stderr
     assert "goes on training the gain adapter" in done.stderr
     record = json.loads((folder / "out" / "aligned" / "trivium.json").read_text(encoding="utf-8"))
     assert [link["stage"] for link in record["lineage"]] == [

@@ -15,8 +15,10 @@ from trivium.errors import UserError
 
 if TYPE_CHECKING:
     from trivium.api import Model, compare, load, new, run
+    from trivium.evaluate.endpoint import Endpoint, by_endpoint
+    from trivium.evaluate.win_rate import by_program
 
-__all__ = ["Model", "UserError", "compare", "load", "new", "run"]
+__all__ = ["Endpoint", "Model", "UserError", "by_endpoint", "by_program", "compare", "load", "new", "run"]
 
 __version__ = "0.1.0"
 
@@ -32,6 +34,7 @@ if "OMP_WAIT_POLICY" not in os.environ:
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'trivium' has no attribute {name!r}")
-    from trivium import api
+    from importlib import import_module
 
-    return getattr(api, name)
+    where = {"Endpoint": "evaluate.endpoint", "by_endpoint": "evaluate.endpoint", "by_program": "evaluate.win_rate"}
+    return getattr(import_module(f"trivium.{where.get(name, 'api')}"), name)

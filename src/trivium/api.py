@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from trivium.api_adapters import WithAdapters
+from trivium.api_judged import Judged
 from trivium.api_rows import Prompt, Rows, listed_rows, messages_of, one_stage, source_of
 from trivium.chain import place_of_base, run_recipe, written_base
 from trivium.checks import check_fit
@@ -25,6 +26,7 @@ from trivium.data.templates import chat_template
 from trivium.errors import DiskError, RecipeError
 from trivium.evaluate.held_out import evaluate
 from trivium.evaluate.judge import Judge
+from trivium.evaluate.score import best
 from trivium.files import sha256_json, whole_folder, write_json
 from trivium.folder import Opened, attach, identity_of, open_folder, place, record_of, save
 from trivium.model.proof import prove
@@ -92,7 +94,7 @@ def new(
     return Model(Opened(model, FullSettings(), None), Link("new", identity, lineage), None)
 
 
-class Model(WithAdapters):
+class Model(WithAdapters, Judged):
     """A language model in hand. Made by `load` and `new`."""
 
     def __init__(self, opened: Opened, link: Link, base: str | None) -> None:
@@ -172,6 +174,7 @@ class Model(WithAdapters):
             if isinstance(eval_rows, (str, Path)) != in_files:
                 raise RecipeError("rows and eval_rows: one in files, one in memory", "give both as files, or as rows")
             given["eval_data"] = str(eval_rows) if in_files else 0
+        self._as_stage_reads(stage)
         full = self._stage(stage, {**given, **settings})
         memory = None
         if not in_files:
@@ -217,12 +220,16 @@ class Model(WithAdapters):
         self, prompt: Prompt | Sequence[Prompt], max_new_tokens: int = 256, *, temperature: float = 0.0, seed: int = 0,
         samples: int = 1,
         raw: bool = False,
+        best_by: Model | None = None,
     ) -> Any:  # fmt: skip
         """The answer to a prompt, a text or a list of messages; for a list of prompts, a list of answers.
 
         ``samples`` answers to each prompt, drawn with a temperature above 0, make each a list of answers.
+        With ``best_by``, a reward model, only the one it gives most (best of n).
         ``raw`` continues a text as it stands, without the chat template. Temperature 0 is always the likeliest token.
         """
+        if best_by is not None and (raw or samples < 2 or not temperature):
+            raise RecipeError("best_by chooses among several answers", "give samples=8, temperature=0.8, and no raw")
         one = isinstance(prompt, str) or (len(prompt) > 0 and isinstance(prompt[0], Mapping))
         talker = Talker.of(self._opened.model)
         prompts: list[Any] = [prompt] if one else list(prompt)
@@ -232,6 +239,8 @@ class Model(WithAdapters):
         found: list[Any] = talker.answers_to(ids, max_new_tokens, temperature, seed, samples)
         if samples > 1:
             found = [found[at : at + samples] for at in range(0, len(found), samples)]
+        if best_by is not None:
+            found = best(best_by._opened.model, [messages_of(p) for p in prompts], found)
         return found[0] if one else found
 
     def evaluate(self, rows: Rows, stage: str = "sft", **settings: Any) -> dict[str, float]:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trivium.api_rows import Prompt, messages_of
+from trivium.data.examples import at_its_end
 from trivium.data.templates import chat_template
 from trivium.errors import ModelError, RecipeError, listed, nearest
 from trivium.evaluate.score import scored
@@ -97,7 +98,7 @@ class WithAdapters:
         return self
 
     def score(self, answers: Sequence[tuple[Prompt, str]], adapters: Sequence[str | None] | None = None) -> list[float]:
-        """Log-probability of each answer to its prompt, its stop token included.
+        """Log-probability of each answer to its prompt, its stop token included; of a reward model, its reward.
 
         ``adapters`` names one for each, or None for the base: all are scored in the same passes, each under its own.
         """
@@ -109,4 +110,6 @@ class WithAdapters:
             if name is not None and name not in self.adapters:
                 raise RecipeError(f"there is no adapter {name!r}", f"adapters: {listed(self.adapters) or 'none'}")
         rows = [template.encode([*messages_of(p), {"role": "assistant", "content": a}], "last") for p, a in answers]
+        if self._opened.model.gives_rewards:
+            rows = [[at_its_end(sequence) for sequence in row[-1:]] for row in rows]
         return scored(self._opened.model, [Example(tuple(row)) for row in rows], named)

@@ -12,7 +12,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.checks import check_data, check_extras, check_fit, check_sizes, check_texts
+from trivium.checks import check_data, check_extras, check_fit, check_judge, check_sizes, check_texts
 from trivium.errors import CheckpointError, ModelError, RecipeError, nearest
 from trivium.files import MANIFEST, clear_errors, damage, make_folder, recover, sha256_json, whole_folder, write_json
 from trivium.lock import LOCK, only_run
@@ -56,6 +56,7 @@ def run_recipe(
     for stage in stages:  # first what needs no library that takes seconds to import
         check_data(stage)
     check_texts(recipe)
+    check_judge(recipe)
     check_tracker(recipe.track)
     settings, notes = _resolved(recipe, stages)
     check_extras([*settings.values()])

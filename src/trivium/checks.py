@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
 from trivium.errors import DataError, ModelError, RecipeError, UserError
@@ -33,6 +34,28 @@ def check_texts(recipe: Recipe) -> None:
     if not any(text.strip() for text in texts_of([local(recipe.eval_text)])):
         what = f"eval_text: no row of {recipe.eval_text} has a text"
         raise DataError(what, 'give rows like {"text": "..."}, or a .txt file')
+
+
+def check_judge(recipe: Recipe) -> None:
+    """Whoever is to judge preference stages is there; raises ModelError."""
+    judge = recipe.judge
+    if judge is None or judge.reward in {stage.name for stage in recipe.stages}:
+        return
+    if judge.endpoint is not None:
+        from trivium.evaluate.endpoint import Endpoint
+
+        Endpoint(judge.endpoint, str(judge.model))
+        return
+    from trivium.folder import rewards_in
+    from trivium.model.load import locate
+
+    source = str(judge.reward)
+    if not Path(source).is_dir():
+        locate(source)
+    elif not rewards_in(Path(source)):
+        stages = ", ".join(s.name for s in recipe.stages if STAGES[s.stage].reads == "reward") or "none"
+        what = f"judge.reward: {source} is no reward model, and no stage of this recipe"
+        raise ModelError(what, f"give a reward model's folder, or a reward stage (there are: {stages})")
 
 
 def check_sizes(recipe: Recipe) -> None:

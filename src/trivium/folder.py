@@ -72,6 +72,17 @@ def is_adapter(folder: Path) -> bool:
     return (folder / "adapter_config.json").is_file()
 
 
+def rewards_in(folder: Path) -> bool:
+    """Whether a folder holds a reward model, or an adapter that makes one of its base. Raises ModelError."""
+    from trivium.peft import folder as adapter
+
+    if is_adapter(folder):
+        return adapter.gives_rewards(folder)
+    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    named = config.get("architectures") if isinstance(config, dict) else None
+    return isinstance(named, list) and any(str(n).endswith("ForSequenceClassification") for n in named)
+
+
 def open_folder(
     source: str, dtype: str = "float32", device: str = "cpu", overrides: dict[str, Any] | None = None
 ) -> Opened:

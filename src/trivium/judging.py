@@ -15,7 +15,7 @@ from trivium.data.formats import Message
 from trivium.errors import ModelError
 from trivium.evaluate.against import ANSWER_TOKENS, Against, against
 from trivium.evaluate.endpoint import Endpoint, by_endpoint
-from trivium.evaluate.score import rewards
+from trivium.evaluate.score import best, rewards
 from trivium.evaluate.win_rate import Preference, by_reward
 from trivium.folder import open_folder
 from trivium.ranking import Sampler
@@ -81,5 +81,4 @@ def best_answer(
     messages: list[Message] = [{"role": "user", "content": prompt}]
     model = reward_model(reward)  # before any time is spent on answers
     texts = talker.answers([messages], most, temperature, seed, count)
-    found = rewards(model, [[*messages, {"role": "assistant", "content": text or " "}] for text in texts])
-    return max(zip(found, texts, strict=True), key=lambda one: one[0])[1]
+    return best(model, [messages], [texts])[0]

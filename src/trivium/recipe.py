@@ -376,4 +376,20 @@ class Recipe(Strict):
                 what = f"'{before.name}' is a reward model: it gives numbers, and has no words left to train"
                 raise _wrong(what, f"start from what {before.name} was made of", "stages", number, "from")
             seen.append(stage.name)
+        self._judge_is_there()
         return self
+
+    def _judge_is_there(self) -> None:
+        """A judge that is a stage of this recipe gives rewards, and comes before those that it judges."""
+        named = self.judge.reward if self.judge else None
+        place = {stage.name: number for number, stage in enumerate(self.stages)}
+        if named not in place:
+            return
+        if STAGES[self.stages[place[named]].stage].reads != "reward":
+            remedy = "name a stage: reward, or the folder of a reward model"
+            raise _wrong(f"stage '{named}' gives no rewards: it is a {self.stages[place[named]].stage} stage", remedy,
+                         "judge", "reward")  # fmt: skip
+        judged = [stage.name for stage in self.stages[: place[named]] if stage.stage == "preference"]
+        if judged:
+            what = f"stage '{judged[0]}' comes before '{named}', which is to judge it"
+            raise _wrong(what, f"put {named} before it", "judge", "reward")

@@ -25,7 +25,8 @@ Overflow = Annotated[
     typer.Option("--on-overflow", help="What becomes of longer rows, as in a recipe."),
 ]
 Stage = Annotated[
-    Literal["pretrain", "sft", "preference"] | None, typer.Option("--stage", help="The stage that they are for.")
+    Literal["pretrain", "sft", "preference", "reward"] | None,
+    typer.Option("--stage", help="The stage that they are for."),
 ]
 TrainOn = Annotated[Literal["assistant", "last", "all"], typer.Option("--train-on", help="Which turns are trained.")]
 Field = Annotated[

@@ -91,6 +91,13 @@ def rewards(model: LanguageModel, conversations: Sequence[Messages]) -> list[flo
     return [reward for each in by_sequence(model, [Example(tuple(e)) for e in examples]) for reward in each]
 
 
+def best(reward: LanguageModel, prompts: Sequence[Messages], answers: Sequence[Sequence[str]]) -> list[str]:
+    """Of the answers to each prompt the one with the highest reward (best of n)."""
+    told = [[*p, {"role": "assistant", "content": a}] for p, some in zip(prompts, answers, strict=True) for a in some]
+    worth = iter(rewards(reward, told))
+    return [max([(next(worth), answer) for answer in some], key=lambda one: one[0])[1] for some in answers]
+
+
 def rewarded(model: LanguageModel, messages: list[dict[str, Any]] | list[Mapping[str, Any]]) -> TokenSequence:
     """A conversation as a reward model reads it. Raises DataError."""
     template = chat_template(model.tokenizer)
