@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from trivium.data.formats import Message
+from trivium.data.formats import Message, RowError
 from trivium.errors import ModelError
 from trivium.evaluate.against import ANSWER_TOKENS, Against, against
 from trivium.evaluate.endpoint import Endpoint, by_endpoint
 from trivium.evaluate.score import best, rewards
 from trivium.evaluate.win_rate import Preference, by_reward
-from trivium.folder import open_folder
+from trivium.folder import is_adapter, open_folder, rewards_in
+from trivium.model.load import locate
 from trivium.ranking import Sampler
-from trivium.recipe import JudgeSource
+from trivium.recipe import MOST_SEED, JudgeSource
 from trivium.talk import Talker
 from trivium.train.machine import pick_device, pick_dtype
 
@@ -36,6 +38,7 @@ def preference_of(judge: JudgeSource, out: Path | None = None, device: str | Non
     source = str(judge.reward)
     if out is not None and (out / source).is_dir():
         source = str(out / source)
+    _check(source)
 
     def rewarded(conversations: Sequence[Sequence[Any]]) -> list[float]:
         return rewards(reward_model(source, device), conversations)
@@ -45,11 +48,25 @@ def preference_of(judge: JudgeSource, out: Path | None = None, device: str | Non
 
 def reward_model(source: str, device: str | None = None) -> Any:
     """A reward model, ready to read. Raises ModelError for any other model."""
+    _check(source)
     where = pick_device(device)
     model = open_folder(source, pick_dtype(None, where), where).model
-    if not model.gives_rewards:
-        raise ModelError(f"{source}: not a reward model", "give a folder of a reward stage")
+    if not model.gives_rewards:  # of the hub
+        raise _no_reward_model(source)
     return model
+
+
+def _check(source: str) -> None:
+    """Raises ModelError for a folder that is no reward model's, before anything is loaded or answered."""
+    folder = Path(source).expanduser()
+    if not (folder.is_dir() and is_adapter(folder)):
+        locate(source)
+    if folder.is_dir() and not rewards_in(folder):
+        raise _no_reward_model(source)
+
+
+def _no_reward_model(source: str) -> ModelError:
+    return ModelError(f"{source}: not a reward model", "give the folder of a reward stage")
 
 
 def judge(
@@ -66,10 +83,23 @@ def judge(
 def sampler(source: str, count: int, temperature: float, most: int, seed: int) -> Sampler:
     """What draws ``count`` answers to each prompt from a model. Raises ModelError."""
     talker = Talker.open(source)
+    drawn = 0
 
-    def draw(prompts: Sequence[list[Message]]) -> list[list[str]]:
-        texts = talker.answers(prompts, most, temperature, seed, count)
-        return [texts[at : at + count] for at in range(0, len(texts), count)]
+    def read(prompt: list[Message]) -> list[int] | str:
+        try:
+            ids = talker.prompt(prompt)
+        except (RowError, ModelError) as error:
+            return error.what if isinstance(error, ModelError) else str(error)
+        room = talker.model.context
+        return ids if len(ids) < room else f"the prompt has {len(ids):,} tokens, and the model's context is {room:,}"
+
+    def draw(prompts: Sequence[list[Message]]) -> list[list[str] | str]:
+        nonlocal drawn
+        asked = [read(prompt) for prompt in prompts]
+        good = [ids for ids in asked if not isinstance(ids, str)]
+        texts = iter(talker.answers_to(good, most, temperature, (seed + drawn) % MOST_SEED, count))
+        drawn += count * len(good)  # every answer has a seed of its own
+        return [ids if isinstance(ids, str) else list(islice(texts, count)) for ids in asked]
 
     return draw
 

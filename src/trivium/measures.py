@@ -6,6 +6,7 @@ what a stage made the model forget. A model that was measured so before is not m
 
 from __future__ import annotations
 
+import json
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -71,8 +72,11 @@ class Measures:
             seconds = time.perf_counter() - started
             found = {"key": key, "seconds": seconds, **compared.as_dict(), "line": compared.line()}
             say(f"  against its parent: {compared.line()} ({clock(seconds)})")
-        self.found["models"].setdefault(stage.name, {})["against"] = found
-        write_json(self.file, self.found)
+            found = json.loads(json.dumps(found))  # as it will be read again
+        known = self.found["models"].setdefault(stage.name, {})
+        if known.get("against") != found:
+            known["against"] = found
+            write_json(self.file, self.found)
 
     def around(self, stage: Stage) -> dict[str, Any]:
         """For the summary: bits per byte of the run's text before and after a stage, and the verdicts."""

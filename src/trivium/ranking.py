@@ -20,7 +20,7 @@ from trivium.data.blocks import BadRow
 from trivium.data.formats import Conversation, Message, Pair, Rating, RowError, Scored, mapped, parse
 from trivium.data.rows import Mix, read_rows
 from trivium.errors import DataError
-from trivium.evaluate.score import by_sequence, rewarded
+from trivium.evaluate.score import by_sequence, numbers, rewarded
 from trivium.files import write_text
 from trivium.forest import Example
 from trivium.model.language_model import LanguageModel
@@ -30,9 +30,9 @@ TOGETHER = 64  # rows whose answers are drawn, and scored, side by side
 
 
 class Sampler(Protocol):
-    """Draws answers: as many as it is set to, for each prompt."""
+    """Draws answers: as many as it is set to, for each prompt; or says why a prompt gets none."""
 
-    def __call__(self, prompts: Sequence[list[Message]]) -> list[list[str]]: ...
+    def __call__(self, prompts: Sequence[list[Message]]) -> list[list[str] | str]: ...
 
 
 @dataclass(frozen=True)
@@ -46,17 +46,21 @@ class Ranked:
     rewards: list[float]
     in_order: list[float]  # the rewards as the row has its answers
     before: list[float] | None = None
+    tools: list[Any] | None = None
 
     def pair(self) -> dict[str, Any] | None:
         """The best answer and the worst one, as a row; None where nothing tells them apart."""
         if self.rewards[0] == self.rewards[-1] or self.answers[0] == self.answers[-1]:
             return None
-        return {"prompt": self.prompt, "chosen": self.answers[0], "rejected": self.answers[-1],
+        return {**self._asked(), "chosen": self.answers[0], "rejected": self.answers[-1],
                 "scores": [self.rewards[0], self.rewards[-1]]}  # fmt: skip
 
     def every(self) -> dict[str, Any]:
         """All answers with their rewards, as a row."""
-        return {"prompt": self.prompt, "answers": self.answers, "scores": self.rewards}
+        return {**self._asked(), "answers": self.answers, "scores": self.rewards}
+
+    def _asked(self) -> dict[str, Any]:
+        return {"prompt": self.prompt, **({"tools": self.tools} if self.tools else {})}
 
     @property
     def agrees(self) -> bool | None:
@@ -79,10 +83,11 @@ def rank(mixes: Iterable[Mix], reward: LanguageModel, sampler: Sampler | None = 
     rows = (row for mix in mixes for row in _rows(mix, _answers_of if sampler is None else _prompt_of))
     while some := list(islice(rows, TOGETHER)):
         good = [row for row in some if isinstance(row, _Asked)]
-        drawn = sampler([row.prompt for row in good]) if sampler and good else None
-        if drawn is not None:
-            good = [_Asked(r.origin, r.prompt, [_said(a) for a in texts]) for r, texts in zip(good, drawn, strict=True)]
-        found = iter(_ranked(good, reward))
+        if sampler and good:
+            drawn = zip(good, sampler([row.prompt for row in good]), strict=True)
+            asked = iter([_with(row, texts) for row, texts in drawn])
+            some = [next(asked) if isinstance(row, _Asked) else row for row in some]
+        found = iter(_ranked([row for row in some if isinstance(row, _Asked)], reward))
         yield from (next(found) if isinstance(row, _Asked) else row for row in some)
 
 
@@ -119,16 +124,17 @@ def scores(mixes: Iterable[Mix], reward: LanguageModel, tally: Tally) -> Iterato
 def prompts_of(mixes: Iterable[Mix], most: int) -> list[list[Message]]:
     """The prompts of up to ``most`` rows of any kind, each once. Raises DataError where there is none."""
     found: dict[str, list[Message]] = {}
-    reason = "no rows"
+    reason = ""
     for row in (row for mix in mixes for row in _rows(mix, _prompt_of)):
         if isinstance(row, Unranked):
-            reason = f"{row.origin}: {row.reason}"
+            reason = reason or f"{row.origin}: {row.reason}"
             continue
         found.setdefault(json.dumps(row.prompt, sort_keys=True, default=str), row.prompt)
         if len(found) == most:
             break
     if not found:
-        raise DataError(f"no prompt to ask: {reason}", "give rows with a prompt, messages or a conversation")
+        what = f"no prompt to ask: {reason or 'no rows'}"
+        raise DataError(what, "give rows with a prompt, messages or a conversation")
     return list(found.values())
 
 
@@ -176,6 +182,7 @@ class _Asked:
     prompt: list[Message]
     answers: list[list[Message]]
     before: list[float] | None = None
+    tools: list[Any] | None = None
 
 
 def _rows(mix: Mix, read: Callable[[str, dict[str, Any]], _Asked]) -> Iterator[_Asked | Unranked]:
@@ -199,8 +206,10 @@ def _prompt_of(origin: str, value: dict[str, Any]) -> _Asked:
         if hasattr(parsed, "prompt"):
             return _Asked(origin, parsed.prompt, [])
         messages: list[Message] = parsed.messages  # type: ignore[union-attr]
-        last = max(n for n, message in enumerate(messages) if message["role"] == "user")
-        return _Asked(origin, messages[: last + 1], [])
+        asking = [n for n, message in enumerate(messages, start=1) if message["role"] == "user"]
+        if not asking:
+            raise RowError("no user message asks for an answer")
+        return _Asked(origin, messages[: asking[-1]], [])
     asked = parse(value, "prompt")
     return _Asked(origin, asked.messages, [])  # type: ignore[union-attr]
 
@@ -216,11 +225,11 @@ def _answers_of(origin: str, value: dict[str, Any]) -> _Asked:
         unscored = {**value, "scores": list(range(len(value[listed])))}
         parsed = parse(unscored, "pair")
         assert isinstance(parsed, Scored)
-        return _Asked(origin, parsed.prompt, parsed.answers)
+        return _Asked(origin, parsed.prompt, parsed.answers, None, parsed.tools)
     if isinstance(parsed, Pair):
-        return _Asked(origin, parsed.prompt, [parsed.chosen, parsed.rejected], [1.0, 0.0])
+        return _Asked(origin, parsed.prompt, [parsed.chosen, parsed.rejected], [1.0, 0.0], parsed.tools)
     assert isinstance(parsed, Scored)
-    return _Asked(origin, parsed.prompt, parsed.answers, parsed.scores)
+    return _Asked(origin, parsed.prompt, parsed.answers, parsed.scores, parsed.tools)
 
 
 def _any_of(origin: str, value: dict[str, Any]) -> _Asked:
@@ -232,10 +241,10 @@ def _any_of(origin: str, value: dict[str, Any]) -> _Asked:
         except RowError:
             continue
         if isinstance(parsed, Rating):
-            return _Asked(origin, parsed.prompt, [parsed.answer])
+            return _Asked(origin, parsed.prompt, [parsed.answer], None, parsed.tools)
         if isinstance(parsed, Conversation):
             last = max(n for n, message in enumerate(parsed.messages) if message["role"] == "assistant")
-            return _Asked(origin, parsed.messages[:last], [parsed.messages[last : last + 1]])
+            return _Asked(origin, parsed.messages[:last], [parsed.messages[last : last + 1]], None, parsed.tools)
     return _answers_of(origin, value)
 
 
@@ -244,10 +253,10 @@ def _ranked(rows: Sequence[_Asked], reward: LanguageModel) -> list[Ranked | Unra
     read: list[Example | str] = []
     for row in rows:
         try:
-            read.append(Example(tuple(rewarded(reward, [*row.prompt, *answer]) for answer in row.answers)))
+            read.append(Example(tuple(rewarded(reward, [*row.prompt, *one], row.tools) for one in row.answers)))
         except DataError as error:
             read.append(error.what)
-    found = iter(by_sequence(reward, [one for one in read if isinstance(one, Example)]))
+    found = iter(numbers(by_sequence(reward, [one for one in read if isinstance(one, Example)])))
     return [
         Unranked(row.origin, one) if isinstance(one, str) else _sorted(row, next(found))
         for row, one in zip(rows, read, strict=True)
@@ -258,11 +267,15 @@ def _sorted(row: _Asked, rewards: list[float]) -> Ranked:
     order = sorted(range(len(rewards)), key=lambda n: -rewards[n])
     before = None if row.before is None else [row.before[n] for n in order]
     answers = [_plain(row.answers[n]) for n in order]
-    return Ranked(row.origin, row.prompt, answers, [rewards[n] for n in order], rewards, before)
+    return Ranked(row.origin, row.prompt, answers, [rewards[n] for n in order], rewards, before, row.tools)
 
 
-def _said(text: str) -> list[Message]:
-    return [{"role": "assistant", "content": text}]
+def _with(row: _Asked, texts: list[str] | str) -> _Asked | Unranked:
+    """A row with the answers that were drawn for it; empty ones are none."""
+    if isinstance(texts, str):
+        return Unranked(row.origin, texts)
+    answers: list[list[Message]] = [[{"role": "assistant", "content": text}] for text in texts if text.strip()]
+    return _Asked(row.origin, row.prompt, answers) if answers else Unranked(row.origin, "every answer drawn is empty")
 
 
 def _plain(answer: list[Message]) -> Any:

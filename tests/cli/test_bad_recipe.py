@@ -77,7 +77,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "prompts": (changed(prompts="x"), ["prompts", "list"]),
     "eval_text that is not there": (changed(eval_text="nowhere.jsonl"), ["nowhere.jsonl", "no such file"]),
     "eval_text without text": (changed(eval_text="chats.jsonl"), ["eval_text", "chats.jsonl", "no row"]),
-    "sft_weight without pairs": (changed(chat={"sft_weight": 1.0}), ["stages.chat", "sft_weight", "pairs"]),
+    "sft_weight without pairs": (changed(chat={"sft_weight": 1.0}), ["stages.chat", "sft_weight", "it is for dpo"]),
     "train_on without conversations": (changed(base={"train_on": "all"}), ["stages.base", "train_on"]),
     "muon with an adapter": (changed(chat={"optimizer": "muon"}), ["stages.chat", "muon is for full training"]),
     "muon with an inherited adapter": (

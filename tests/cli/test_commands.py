@@ -89,7 +89,9 @@ def test_a_report_of_every_run(walk):
     page = (walk.folder / "report.html").read_text(encoding="utf-8")
     for name in ("base", "chat", "aligned", "tutor", "judged", "whole", "again"):
         assert f"Loss of {name}" in page
-    assert page.count('<div class="answer ') == 3 * 7, "three prompts, seven models"
+    answers = page.partition('<section id="answers">')[2]
+    assert answers.count('<div class="answer ') == 3 * 7, "three prompts, seven models"
+    assert "Before and after preference tuning" in page
     assert "The same prompts, after each step" in page
 
 

@@ -20,7 +20,7 @@ from trivium import files
 LORA = {"name": "lora", "r": 2, "dropout": 0.1}
 BOTTLENECK = {"name": "bottleneck", "r": 4, "dropout": 0.1}
 COMMON = {"max_steps": 60, "batch_size": 4, "eval_data": 0.2, "learning_rate": 3e-3, "save_every": 5}
-DATA = {"pretrain": "text.jsonl", "sft": "chats.jsonl", "preference": "pairs.jsonl"}
+DATA = {"pretrain": "text.jsonl", "sft": "chats.jsonl", "preference": "pairs.jsonl", "reward": "pairs.jsonl"}
 CELLS = {
     "pretrain-full": {"stage": "pretrain", "method": "full", "optimizer": "muon"},
     "pretrain-lora": {"stage": "pretrain", "method": LORA},
@@ -31,6 +31,10 @@ CELLS = {
     "preference-full": {"stage": "preference", "method": "full"},
     "preference-lora": {"stage": "preference", "method": LORA},
     "preference-bottleneck": {"stage": "preference", "method": BOTTLENECK},
+    "preference-kto": {"stage": "preference", "method": LORA, "loss": "kto"},
+    "preference-moving": {"stage": "preference", "method": LORA, "reference_sync_steps": 4, "reference_mixup": 0.6},
+    "preference-moving-full": {"stage": "preference", "method": "full", "reference_sync_steps": 4},
+    "reward-lora": {"stage": "reward", "method": LORA},
 }
 
 
@@ -49,8 +53,10 @@ class Ended:
 class Process:
     """``trivium run`` in a fork. ``meanwhile`` is called in it first, and may put another `files.operation` there."""
 
-    def __init__(self, recipe: Path, *more: object, meanwhile: Callable[[], None] = lambda: None) -> None:
-        self.log = recipe.parent / "said.txt"
+    def __init__(
+        self, recipe: Path, *more: object, meanwhile: Callable[[], None] = lambda: None, log: Path | None = None
+    ) -> None:
+        self.log = log or recipe.parent / "said.txt"
         self.log.write_text("", encoding="utf-8")
         self.started = time.monotonic()
         self.pid = os.fork()

@@ -183,18 +183,31 @@ def test_what_stands_in_the_way_is_a_clear_error(name, cell):
     assert f"{there}" in ended.said
 
 
-def test_the_parents_numbers_are_kept_and_mended(cell):
-    whole = cell("preference-full")
-    assert Process(whole).wait().code == 0
-    for damaged in (False, True):
-        recipe = cell("preference-full")
+@pytest.mark.parametrize("loss", ["dpo", "kto"])
+def test_the_parents_numbers_are_kept_by_what_they_are_of_and_mended(cell, monkeypatch, tmp_path, loss):
+    monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
+    there = "they were computed before, for the same rows and the same parent"
+    whole = cell("preference-full", loss=loss)
+    ended = Process(whole).wait()
+    assert ended.code == 0, ended.said
+    assert there not in ended.said
+    (kept,) = (tmp_path / "reference").iterdir()
+    for damage in (None, b"", "gone"):
+        recipe = cell("preference-full", loss=loss)
         interrupted(recipe)
-        kept = next((recipe.parent / "out").glob("x.training/*/reference"))
-        assert list(kept.glob("*.safetensors"))
-        if damaged:
-            next(kept.glob("*.safetensors")).write_bytes(b"")
-        assert Process(recipe).wait().code == 0
+        if damage == "gone":
+            shutil.rmtree(kept)
+        elif damage is not None:
+            next(kept.glob("*.safetensors")).write_bytes(damage)
+        ended = Process(recipe).wait()
+        assert ended.code == 0, ended.said
+        assert (there in ended.said) == (damage is None)
         assert result(recipe) == result(whole)
+    other = Process(cell("preference-full", loss=loss, beta=0.7)).wait()
+    assert there in other.said, "another beta has the same parent"
+    seen = cell("preference-full", loss=loss, seed=3)
+    assert there not in Process(seen).wait().said or loss == "dpo", "kto's mismatched answers follow the order"
+    assert len(list((tmp_path / "reference").iterdir())) <= 2
 
 
 def test_a_finished_stage_that_is_damaged_is_not_built_upon(cell):

@@ -138,7 +138,7 @@ def test_a_real_disk_that_fills_up_meanwhile(name, cell, small_disk):
 
         loop.set_rate = filling
 
-    ended = Process(recipe, meanwhile=fill).wait()
+    ended = Process(recipe, meanwhile=fill, log=whole.parent / "said.txt").wait()  # not on the disk that fills up
     assert ended.code == 3, ended.said
     assert re.search(r"the disk is full \(\S+ \S?B needed, \S+ \S?B free\)", ended.said), ended.said
     assert "Traceback" not in ended.said

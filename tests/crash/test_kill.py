@@ -16,7 +16,7 @@ from tests.crash.process import CELLS, Process, events, left_over, result
 
 from trivium.peft.settings import METHODS, PRESETS
 
-QUICK = ("pretrain-full", "sft-lora", "preference-bottleneck")
+QUICK = ("pretrain-full", "sft-lora", "preference-bottleneck", "preference-moving")
 
 
 def kill_until_done(recipe, rng: random.Random, most: float) -> int:

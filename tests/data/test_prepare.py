@@ -287,7 +287,7 @@ def test_scored_answers_and_prompts_and_ratings() -> None:
     assert run(Listed([{"prompt": "a", "completion": "b", "label": True}]), kind="rating").ledger.trained_tokens == 2
     rated = run(Listed([{"prompt": "a", "completion": "b", "label": False, "weight": 2}]), kind="rating")
     assert (rated.examples[0].scores, rated.examples[0].weight) == ((-1,), 2)
-    assert rated.ledger.lines()[1] == "1 row with a weight of its own"
+    assert rated.ledger.lines()[1:] == ["1 answer rated bad", "1 row with a weight of its own"]
     assert run(Listed([scored]), kind="rating").examples[0].scores == (1, -1)
     asked = run(Listed([{"prompt": "a <|end|> b"}]), kind="prompt")
     assert asked.ledger.trained_tokens == 0

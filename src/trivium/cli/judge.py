@@ -64,7 +64,8 @@ def judge(
 
     found = judged(new, parent, prompts_of(asking, most), preference_of(asked) if asked else None, max_new_tokens)
     if found is None:
-        raise DataError(f"no prompt leaves room for an answer of {max_new_tokens} tokens", "lower --max-new-tokens")
+        what = f"no prompt is the same tokens to both models and leaves room for {max_new_tokens:,} more"
+        raise DataError(what, "lower --max-new-tokens, or compare a model with the one that it was made of")
     seen = {**found.as_dict(), "line": found.line()}
     if html is not None:
         write_judged(seen, f"{Path(new).name} against {Path(parent).name}", html)
@@ -84,6 +85,8 @@ def written(out: Path | None, lines: Iterable[str]) -> None:
 
 
 def check_place(path: Path | None) -> None:
-    """Something can be written there; raises DiskError."""
+    """A file can be written there; raises DiskError."""
     if path is not None and not path.absolute().parent.is_dir():
         raise DiskError(f"{path}: there is no folder {path.parent}", "make it, or choose another place")
+    if path is not None and path.is_dir():
+        raise DiskError(f"{path}: a folder, where a file is to be written", "give the file's name, too")

@@ -61,32 +61,33 @@ def against(
     most: int = ANSWER_TOKENS,
     seed: int = 0,
 ) -> Against | None:
-    """Open, ask and let go of one model after the other. None where no prompt fits both of them.
+    """Open, ask and let go of one model after the other. None where no prompt fits both of them, read alike.
 
     Raises ModelError, and whatever UserError ``prefers`` raises.
     """
     talker = new()
     asked = {n: ids for n, prompt in enumerate(prompts) if (ids := _fitting(talker, prompt, most)) is not None}
     drawn = talker.ids_after(list(asked.values()), most, temperature=1.0, seed=seed)
-    answers = talker.ids_after(list(asked.values()), most)
-    examples = [_answered(ids, answer) for ids, answer in zip(asked.values(), drawn, strict=True) if answer]
-    ours = per_entry(talker.model, examples)
-    texts = talker.texts(answers)
+    answers = dict(zip(asked, talker.ids_after(list(asked.values()), most), strict=True))
+    stop = talker.template.stop_id
+    ended = [ids if len(ids) == most else [*ids, stop] for ids in drawn]  # to end there is the model's choice, too
+    examples = {n: _answered(asked[n], ids) for n, ids in zip(asked, ended, strict=True)}
+    ours = dict(zip(asked, per_entry(talker.model, list(examples.values())), strict=True))
+    texts = dict(zip(asked, talker.texts(list(answers.values())), strict=True))
     del talker
     other = parent()
     same = [n for n in asked if _fitting(other, prompts[n], most) == asked[n]]
+    same = [n for n in same if examples[n].sequences[0].tokens.max() < other.model.config.vocab_size]
     if not same:
         return None
-    theirs_read = other.ids_after([asked[n] for n in same], most)
-    theirs = per_entry(other.model, examples)
-    told = other.texts(theirs_read)
-    mine = {n: (ids, text) for n, ids, text in zip(asked, answers, texts, strict=True)}
-    duels = tuple(Duel(tuple(prompts[n]), mine[n][1], text) for n, text in zip(same, told, strict=True))
+    before = other.ids_after([asked[n] for n in same], most)
+    theirs = per_entry(other.model, [examples[n] for n in same])
+    duels = tuple(Duel(tuple(prompts[n]), texts[n], old) for n, old in zip(same, other.texts(before), strict=True))
     del other
     return Against(
-        unchanged=sum(mine[n][0] == ids for n, ids in zip(same, theirs_read, strict=True)) / len(same),
-        tokens=(float(np.mean([len(i) for i in theirs_read])), float(np.mean([len(mine[n][0]) for n in same]))),
-        kl=kl_per_token(ours, theirs),
+        unchanged=sum(answers[n] == ids for n, ids in zip(same, before, strict=True)) / len(same),
+        tokens=(float(np.mean([len(ids) for ids in before])), float(np.mean([len(answers[n]) for n in same]))),
+        kl=kl_per_token([ours[n] for n in same], theirs),
         duels=duels,
         won=win_rate(duels, prefers) if prefers is not None else None,
     )

@@ -6,6 +6,7 @@ rewards(model, conversations)                          # of a reward model, a nu
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -83,12 +84,19 @@ def rewards(model: LanguageModel, conversations: Sequence[Messages]) -> list[flo
         raise ModelError("the model gives no rewards: it is no reward model", "train one with a stage: reward")
     if not conversations:
         return []
-    read = [rewarded(model, list(messages)) for messages in conversations]
+    read = [rewarded(model, messages) for messages in conversations]
     examples: list[list[TokenSequence]] = []
     for number, sequence in enumerate(read):
         same = number and conversations[number][:-1] == conversations[number - 1][:-1]
         examples[-1].append(sequence) if same else examples.append([sequence])
-    return [reward for each in by_sequence(model, [Example(tuple(e)) for e in examples]) for reward in each]
+    return [reward for each in numbers(by_sequence(model, [Example(tuple(e)) for e in examples])) for reward in each]
+
+
+def numbers(rewards: list[list[float]]) -> list[list[float]]:
+    """Rewards as they are. Raises ModelError where one is no number, which is neither more nor less than any."""
+    if all(math.isfinite(reward) for each in rewards for reward in each):
+        return rewards
+    raise ModelError("the reward model gives a reward that is no finite number", "train it again: its weights are lost")
 
 
 def best(reward: LanguageModel, prompts: Sequence[Messages], answers: Sequence[Sequence[str]]) -> list[str]:
@@ -98,14 +106,17 @@ def best(reward: LanguageModel, prompts: Sequence[Messages], answers: Sequence[S
     return [max([(next(worth), answer) for answer in some], key=lambda one: one[0])[1] for some in answers]
 
 
-def rewarded(model: LanguageModel, messages: list[dict[str, Any]] | list[Mapping[str, Any]]) -> TokenSequence:
-    """A conversation as a reward model reads it. Raises DataError."""
-    template = chat_template(model.tokenizer)
+def rewarded(
+    model: LanguageModel, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None
+) -> TokenSequence:
+    """A conversation as a reward model reads it: up to the end of its last answer. Raises DataError."""
+    # what a row says of its training, message by message, is nothing to a reader
+    read = [{k: v for k, v in message.items() if k not in ("train", "weight")} for message in messages]
     try:
-        sequence = at_its_end(template.encode([dict(m) for m in messages], "last")[-1])
+        sequence = at_its_end(chat_template(model.tokenizer).encode(read, "last", tools)[-1])
     except RowError as error:
         raise DataError(f"a conversation cannot be read: {error}", "mend it, or leave it out") from None
     if len(sequence.tokens) - 1 > model.context:
-        what = f"a conversation has {len(sequence.tokens) - 1} tokens, and the model reads {model.context}"
+        what = f"a conversation has {len(sequence.tokens) - 1:,} tokens, and the model reads {model.context:,}"
         raise DataError(what, "leave it out, or cut it")
     return sequence

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -38,7 +39,8 @@ def as_reward_model(model: LanguageModel, seed: int) -> LanguageModel:
     config = copy.deepcopy(model.hf.config)
     config.num_labels = 1
     tokenizer = copy.deepcopy(model.tokenizer)
-    tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding_of(tokenizer))
+    filler = tokenizer.convert_ids_to_tokens(padding_of(tokenizer))
+    tokenizer.add_special_tokens({"pad_token": filler})  # as one that is read from a folder has it
     for part in {id(c): c for c in (config, config.get_text_config())}.values():
         part.pad_token_id = tokenizer.pad_token_id
     try:
@@ -73,9 +75,18 @@ def _new_score(score: nn.Linear, body: Any, seed: int) -> nn.Linear:
 
 
 def padding_of(tokenizer: Any) -> int:
-    """A token to fill rows with that ends no sequence."""
+    """A token to fill rows with that ends no sequence.
+
+    Where no control token is one, it is one of the vocabulary that no text has by its name ("Ġhello" for " hello"):
+    the name of a padding token is cut out of texts before they are read.
+    """
     from trivium.data.templates import chat_template
 
     ends = chat_template(tokenizer).stop_ids | {tokenizer.eos_token_id}
     usual = (tokenizer.pad_token_id, tokenizer.unk_token_id, tokenizer.bos_token_id, *sorted(tokenizer.all_special_ids))
-    return int(next((n for n in (*usual, *range(len(tokenizer))) if n is not None and n not in ends), 0))
+    if (found := next((n for n in usual if n is not None and n not in ends), None)) is not None:
+        return int(found)
+    known = tokenizer.get_vocab()
+    named = sorted(known, key=lambda name: (-len(name), name))
+    others = (known[name] for name in named if tokenizer.decode([known[name]]) != name)
+    return int(next((n for n in chain(others, range(len(tokenizer))) if n not in ends), 0))

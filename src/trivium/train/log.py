@@ -120,7 +120,8 @@ class TrainingLog:
 
     def close(self) -> None:
         if self.file is not None:
-            self.file.close()
+            with contextlib.suppress(OSError):  # what could not be written was said when it was to be
+                self.file.close()
         if self.tracker is not None:
             self.tracker.close()
 
