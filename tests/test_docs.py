@@ -117,7 +117,7 @@ def test_the_readmes_python_runs(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     for name, method in (("anna", "lora"), ("ben", "houlsby")):
         trivium.load(folder / "small").attach(method).save(folder / "runs" / name / "chat")
     found = blocks("README.md", "python")
-    assert len(found) == 2
+    assert len(found) == 3
     for block in found:
         block = block.replace("HuggingFaceTB/SmolLM2-135M-Instruct", "small").replace("max_steps=30", "max_steps=1")
         exec(block, {"rows": rows, "pairs": pairs})
