@@ -130,9 +130,10 @@ def cost_table(stages: list[dict[str, Any]], wide: bool = False) -> tuple[list[s
              size(s["peak_memory_bytes"]), size(s["bytes_on_disk"]),
              _change(m.get("before_loss"), m.get("after_loss")),
              _change(m.get("before_accuracy"), m.get("after_accuracy"), ".0%"),
+             *_against(s.get("against") if wide else None),
              *(_verdict(judged.get(key)) for key in judges), _change(bits.get("before"), bits.get("after"))]
         )  # fmt: skip
-    head += [*judges, "bits/byte"]
+    head += ["KL/token", "won", *judges, "bits/byte"]
     filled = [c for c in range(len(head)) if any(row[c] for row in rows)]
     return [head[c] for c in filled], [[row[c] or "-" for c in filled] for row in rows]
 
@@ -141,6 +142,11 @@ def _change(before: float | None, after: float | None, form: str = ".3f") -> str
     if after is None:
         return ""
     return f"{after:{form}}" if before is None else f"{before:{form}}→{after:{form}}"
+
+
+def _against(found: dict[str, Any] | None) -> tuple[str, str]:
+    """KL from the parent, and how often its answer was preferred to the parent's."""
+    return ("", "") if found is None else (f"{found['kl']:.3f}", _verdict(found["won"]))
 
 
 def _verdict(found: dict[str, Any] | None) -> str:

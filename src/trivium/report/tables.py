@@ -70,15 +70,15 @@ def duels(runs: list[RunView]) -> list[dict[str, Any]]:
 
 
 def duels_of(seen: dict[str, Any]) -> list[dict[str, str]]:
-    """Each prompt with both answers and the verdict, what differs first: ``{"prompt", "old", "new", "verdict"}``."""
+    """Each prompt with both answers and the verdict, what differs first: ``{"prompt", "old", "new", "won"}``."""
     verdicts = (seen.get("won") or {}).get("verdicts") or [None] * len(seen["duels"])
-    words = {1.0: "the new answer won", 0.5: "a tie", 0.0: "the parent's answer won", None: ""}
+    words = {1.0: "new", 0.5: "a tie", 0.0: "old", None: ""}
     told = [
         {"prompt": _conversation(duel["prompt"]), "old": str(duel["old"]), "new": str(duel["new"]),
-         "verdict": "unchanged" if duel["old"] == duel["new"] else words[verdict]}
+         "won": "unchanged" if duel["old"] == duel["new"] else words[verdict]}
         for duel, verdict in zip(seen["duels"], verdicts, strict=True)
     ]  # fmt: skip
-    return sorted(told, key=lambda duel: duel["verdict"] == "unchanged")
+    return sorted(told, key=lambda duel: duel["won"] == "unchanged")
 
 
 def _conversation(messages: Any) -> str:
