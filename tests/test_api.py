@@ -139,7 +139,9 @@ def test_a_quantised_base_in_a_notebook(saved, tmp_path) -> None:
 
 
 def test_every_exported_name_is_there_typed_and_documented() -> None:
-    assert trivium.__all__ == ["Model", "UserError", "compare", "load", "new", "run"]
+    assert trivium.__all__ == [
+        "Endpoint", "Model", "UserError", "by_endpoint", "by_program", "compare", "load", "new", "run",
+    ]  # fmt: skip
     for name in trivium.__all__:
         assert getattr(trivium, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'lod'"):
@@ -148,7 +150,8 @@ def test_every_exported_name_is_there_typed_and_documented() -> None:
     assert set(public) >= {"attach", "train", "evaluate", "generate", "merge", "save", "hf", "tokenizer"}
     for name, member in [*public.items(), ("run", trivium.run), ("load", trivium.load), ("new", trivium.new)]:
         function = member.fget if isinstance(member, property) else member
-        assert "return" in typing.get_type_hints(function, vars(sys.modules["trivium.api"])), name
+        known = vars(sys.modules["trivium.api"]) | vars(sys.modules[function.__module__])
+        assert "return" in typing.get_type_hints(function, known), name
         assert function.__doc__, name
 
 
@@ -355,3 +358,49 @@ def test_a_mistake_is_a_user_error_with_a_remedy(call, says, saved, tmp_path, mo
     assert all(piece in text for piece in says), text
     assert len(text.splitlines()) <= 3
     assert error.value.remedy
+
+
+# --- rewards, and a model against its parent
+
+
+def test_a_reward_model_scores_chooses_and_judges(saved, tmp_path) -> None:
+    reward = trivium.load(saved)
+    report = reward.train(PAIRS, "reward", method="lora", max_steps=3, batch_size=4, learning_rate=1e-2, eval_data=0)
+    assert report["trained_parameters"] > 0
+    asked = [("Tell me a story.", "Once upon a time."), ("Tell me a story.", "No.")]
+    given = reward.score(asked)
+    assert given[0] != given[1]
+    reward.save(tmp_path / "reward")
+    assert trivium.load(tmp_path / "reward").score(asked) == given
+    model, parent = trivium.load(saved), trivium.load(saved)
+    drawn = model.generate("Tell me a story.", 8, samples=4, temperature=1.0, seed=3)
+    best = model.generate("Tell me a story.", 8, samples=4, temperature=1.0, seed=3, best_by=reward)
+    worth = reward.score([("Tell me a story.", text) for text in drawn])
+    assert best == drawn[worth.index(max(worth))]
+    same = model.against(parent, ["Tell me a story."], judge=reward, max_new_tokens=8)
+    assert same is not None
+    assert (same.unchanged, same.kl, same.won.ties) == (1.0, 0.0, 1)
+    model.train(PAIRS, "preference", loss={"dpo": 1.0, "hinge": 0.5}, max_steps=4, batch_size=4, learning_rate=1e-2)
+    found = model.against(parent, ["Tell me a story."], trivium.by_program(lambda _, text: len(text)), 8)
+    assert found is not None
+    assert found.kl > 0
+    ((duel,), won) = found.duels, found.won.share
+    assert won == (0.5 if len(duel.new) == len(duel.old) else float(len(duel.new) > len(duel.old)))
+
+
+@pytest.mark.parametrize(
+    ("call", "says"),
+    [
+        (lambda r, m: r.generate("x"), ["a reward model gives numbers"]),
+        (lambda r, m: r.train(REQUESTS, "sft"), ["no words left to train"]),
+        (lambda r, m: m.attach("lora").train(PAIRS, "reward"), ["knows no reward", "merge()"]),
+        (lambda r, m: m.generate("x", best_by=r), ["best_by chooses among several answers", "samples"]),
+        (lambda r, m: m.generate("x", 4, samples=2, temperature=1.0, best_by=m), ["no reward model"]),
+    ],
+)
+def test_mistakes_with_reward_models(call, says, saved) -> None:
+    reward = trivium.load(saved)
+    reward.train(PAIRS, "reward", method="lora", max_steps=1, batch_size=2, eval_data=0)
+    with pytest.raises(trivium.UserError) as error:
+        call(reward, trivium.load(saved))
+    assert all(piece in str(error.value) for piece in says), str(error.value)

@@ -20,6 +20,7 @@ from trivium.sources import held_out_from, held_out_share, trained_on
 from trivium.stages import STAGES, rows_of
 from trivium.terminal import say
 
+LEAST_BALANCE, MOST_BALANCE = 0.75, 1.5  # of good answers against bad ones, in KTO; a little outside says nothing
 HELD_OUT_MOST = 200  # rows taken off the data for evaluation, at most
 
 
@@ -62,6 +63,7 @@ def stage_examples(
         say(f"  {line}")
     if rows_of(stage) == "rating":
         _check_both_kinds(data)
+        _tell_balance(stage, data)
     own = held_out_from(stage)
     if given and given.held_out is not None:
         held_out = ready([given.held_out], 0.0).examples
@@ -79,6 +81,16 @@ def _check_both_kinds(data: Prepared) -> None:
             what = f"{data.ledger.source}: all {data.ledger.counts.get(have, 0):,} answers are rated {have}"
             remedy = "add answers of the other kind; to learn from good ones alone, use an sft stage"
             raise DataError(f"{what}, and kto learns from good and bad ones", remedy)
+
+
+def _tell_balance(stage: Stage, data: Prepared) -> None:
+    """A note where one kind of answer weighs much more than the other (Ethayarajh et al. 2024, sec. 4.2)."""
+    good, bad = (data.ledger.counts[kind] for kind in ("good", "bad"))
+    weighs = (stage.desirable_weight or 1.0) * good / ((stage.undesirable_weight or 1.0) * bad)
+    if not LEAST_BALANCE <= weighs <= MOST_BALANCE:
+        more = "desirable" if weighs < 1 else "undesirable"
+        factor = 1 / weighs if weighs < 1 else weighs
+        say(f"  note: good answers weigh {weighs:.2g} times what bad ones do in all; for 1: {more}_weight {factor:.2g}")
 
 
 def run_order(stage: Stage, data: Prepared) -> RunOrder:

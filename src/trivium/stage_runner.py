@@ -82,6 +82,8 @@ def _prepared(run: StageRun) -> Work:
     proof = prove(model, probe(used))
     say(f"  {proof.line()}")
     goal = objective(stage.model_dump())
+    if data.ledger.counts.get("with_margin") and not goal.margins:
+        say(f"  note: {goal.name} knows no margins: those of the rows change nothing")
     return Work(template, data, held_out, order, used, goal, settings, parent, base, proof)
 
 

@@ -132,6 +132,8 @@ def result(recipe: Path, name: str = "x") -> dict[str, Any]:
     record = json.loads((folder / "trivium.json").read_text(encoding="utf-8"))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     numbers = [{k: v for k, v in row.items() if k not in ("seconds", "elapsed")} for row in rows]
+    for row in numbers:  # its rows are paths, and each run has its own folder
+        row |= {"spike": [Path(place).name for place in row["spike"]]} if "spike" in row else {}
     steps = [row["step"] for row in rows if not any(k.startswith("eval_") for k in row)]
     assert steps == list(range(1, record["steps"] + 1)), "no step is missing or there twice"
     held = {"weights.safetensors", "optimizer.safetensors", "rng.safetensors"}
