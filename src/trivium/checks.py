@@ -89,6 +89,13 @@ def check_fit(model: Any, recipe: Recipe, stages: list[Stage]) -> None:
             plans[stage.name] = plan_for(model.hf, settings_of(stage.method))
         except UserError as error:
             raise RecipeError(f"stages.{stage.name}.method: {error.what}", error.remedy) from None
+        plan = plans[stage.name]
+        starts = [delta.starts_as_base for delta in plan.deltas.values()] if plan is not None else []
+        if stage.reference_sync_steps and not all(starts):
+            what = (
+                f"stages.{stage.name}.reference_sync_steps: {(stage.method or {})['name']} does not start as its parent"
+            )
+            raise RecipeError(what, "leave it out, or use another method")
     _check_merges(model, stages, plans)
     for stage in recipe.stages[: len(stages)]:  # as written: a default gives way to the model's context
         taken = virtual_tokens(settings_of(stage.method))

@@ -7,21 +7,15 @@ the objective declares. Final metrics are taken on what was saved.
 from __future__ import annotations
 
 import contextlib
-import hashlib
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from trivium.data.cache import cache_folder, let_go, read_today
 from trivium.data.chat import ChatTemplate
 from trivium.data.templates import chat_template
-from trivium.errors import RecipeError
-from trivium.files import folder_bytes, sha256_json, write_by, write_text
+from trivium.files import folder_bytes, write_by, write_text
 from trivium.folder import attach, round_to, save
-from trivium.forest import Forest
 from trivium.model.language_model import LanguageModel
 from trivium.model.proof import prove
 from trivium.model.quantized import quantized
@@ -30,16 +24,15 @@ from trivium.peft import base as deltas
 from trivium.peft.kinds import FullSettings, Settings, virtual_tokens
 from trivium.peft.settings import method_name, settings_of
 from trivium.peft.targets import decoder_layers
-from trivium.stage_data import beside, packed, run_order, stage_examples
+from trivium.stage_data import packed, run_order, stage_examples
 from trivium.stage_proof import probe, prove_start, recomputes
+from trivium.stage_reference import elsewhere, reference_of
 from trivium.stage_saving import LOG
 from trivium.stage_training import Training
 from trivium.stage_work import StageRun, Work
-from trivium.terminal import say, size
+from trivium.terminal import say
 from trivium.train import recompute
-from trivium.train.dropout import dropout_off
 from trivium.train.machine import PeakMemory
-from trivium.train.reference import Moving, NoReference, Remembered, UnderParent, no_reference
 from trivium.under_way import versions
 
 
@@ -52,9 +45,9 @@ def run_stage(run: StageRun) -> dict[str, Any]:
     with model.laid_out(work.proof.layout), contextlib.ExitStack() as stack:
         held_out = list(packed(work.held_out, int(run.stage.micro_batch_tokens or 1), model.device))
         with costs.clock("reference_seconds"):
-            reference = _reference(run, work, held_out)
+            reference = reference_of(run, work, held_out)
         with costs.clock("setup_seconds"):
-            prove_start(work.goal, model, reference, work.used, _elsewhere(run, work))
+            prove_start(work.goal, model, reference, work.used, elsewhere(run, work))
             layers = list(decoder_layers(model.hf).values())
             stack.enter_context(recompute.recomputed(layers, recomputes(run.stage, model, work.used), model.adapters))
         training = Training(run, work, reference, held_out, peak)
@@ -85,72 +78,6 @@ def _prepared(run: StageRun) -> Work:
     if data.ledger.counts.get("with_margin") and not goal.margins:
         say(f"  note: {goal.name} knows no margins: those of the rows change nothing")
     return Work(template, data, held_out, order, used, goal, settings, parent, base, proof)
-
-
-def _reference(run: StageRun, work: Work, held_out: list[Forest]) -> NoReference:
-    """How the parent's log-probabilities are had: not at all, under its small weights, computed once, or moving."""
-    model, stage = run.model, run.stage
-    if not work.goal.needs_reference:
-        return no_reference
-    full = isinstance(work.settings, FullSettings)
-    if stage.reference_sync_steps is not None:
-        return _moving(run, work)
-    if stage.reference == "computed" and full:
-        what = f"stages.{stage.name}.reference: full training changes the parent's weights, so it cannot be computed"
-        raise RecipeError(f"{what} in every step", "use reference: kept, or leave it out")
-    again = work.order.epochs > 1
-    if stage.reference != "kept" and not full and not again:
-        return UnderParent(model.logprob, lambda: _as_parent(model, work.parent))
-    why = "as its weights are about to change" if full else "as every row is seen again" if again else "as asked"
-    say(f"  the parent's log-probabilities are computed once, {why}")
-    tokens = int(stage.micro_batch_tokens or 1)
-
-    def forests() -> Iterator[Forest]:
-        yield from packed(work.used, tokens, model.device)
-        yield from held_out
-        steps = range(len(work.order) if work.goal.first else 0)
-        seen = ([work.data.examples[i] for i in work.order.chosen(n)] for n in steps)
-        for examples in (*seen, list(work.held_out)):
-            yield from beside(work.goal, examples, tokens, model.device)
-
-    def parents(forest: Forest) -> Tensor:
-        with _as_parent(model, work.parent) if not full else contextlib.nullcontext():
-            return model.logprob(forest)
-
-    if run.under_way is None:
-        return Remembered(parents, forests())
-    about = {"of": _what_is_kept(run, work)}
-    folder = cache_folder("reference") / about["of"][:32]
-    found, there = Remembered.kept_in(folder, about, parents, forests)
-    read_today(folder)
-    let_go(folder.parent)
-    if there:
-        say("  they were computed before, for the same rows and the same parent")
-    return found
-
-
-def _what_is_kept(run: StageRun, work: Work) -> str:
-    """All that the parent's log-probabilities depend on, to the last bit."""
-    assert run.under_way is not None, "there is a run in a folder"
-    model, examples = run.model, (work.used, work.held_out)
-    rows = [(e.store.key, hashlib.sha256(e.numbers.astype("<i8").tobytes()).hexdigest()) for e in examples]
-    steps = [work.order.chosen(n) for n in range(len(work.order))] if work.goal.first else []
-    how = [str(model.dtype), str(model.device), quantized(model.hf), work.proof.layout, run.stage.micro_batch_tokens]
-    return sha256_json([run.under_way.about["parent"], rows, steps, how, versions()])
-
-
-def _moving(run: StageRun, work: Work) -> NoReference:
-    """A reference that moves with the model. Raises RecipeError for a method that does not start as its parent."""
-    model, stage = run.model, run.stage
-    if _elsewhere(run, work) is not None:
-        what = f"stages.{stage.name}.reference_sync_steps: {method_name(work.settings)} does not start as its parent"
-        raise RecipeError(what, "leave it out, or use another method")
-    weights = {n: p for n, p in model.hf.named_parameters() if p.requires_grad}
-    found = Moving(model.logprob, weights, int(stage.reference_sync_steps or 1), stage.reference_mixup or 1.0,
-                   lambda: dropout_off(model))  # fmt: skip
-    more = sum(p.numel() * p.element_size() for p in weights.values())
-    say(f"  the reference moves every {stage.reference_sync_steps} steps: a copy of what is trained, {size(more)}")
-    return found
 
 
 # --- before the loop
@@ -191,19 +118,6 @@ def _attach(run: StageRun) -> tuple[Settings, dict[str, torch.Tensor] | None]:
 def _has_experts(model: LanguageModel) -> bool:
     names = ("num_experts", "num_local_experts", "n_routed_experts")
     return any((getattr(model.config, n, None) or 0) > 1 for n in names)
-
-
-@contextlib.contextmanager
-def _as_parent(model: LanguageModel, parent: dict[str, torch.Tensor] | None) -> Iterator[None]:
-    """The model as its parent was: adapters off, or under the parent's small weights; without any dropout."""
-    with dropout_off(model), deltas.off(model.hf) if parent is None else deltas.swapped(model.hf, parent):
-        yield
-
-
-def _elsewhere(run: StageRun, work: Work) -> Callable[[], contextlib.AbstractContextManager[None]] | None:
-    """The way back to the parent, for a method that does not start as it."""
-    started = [delta.starts_as_base for delta in deltas.deltas(run.model.hf).values()]
-    return None if work.parent is not None or all(started) else lambda: _as_parent(run.model, None)
 
 
 # --- after the loop

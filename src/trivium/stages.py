@@ -139,6 +139,9 @@ def resolve(stage: Stage, recipe: Recipe, parent: dict[str, Any] | None, parent_
             raise RecipeError(f"stages.{stage.name}.optimizer: muon is for full training, not for an adapter", remedy)
         if "learning_rate" in defaulted:
             defaulted["learning_rate"] *= rate_of({**have, **defaulted}["method"])
+    elif have.get("reference") == "computed":
+        what = f"stages.{stage.name}.reference: full training changes the parent's weights, so it cannot be computed"
+        raise RecipeError(f"{what} in every step", "use reference: kept, or leave it out")
     device = pick_device(have.get("device"))
     if "device" not in have:
         defaulted["device"] = device
