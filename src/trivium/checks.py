@@ -79,10 +79,13 @@ def check_extras(stages: list[Stage]) -> None:
 
 def check_fit(model: Any, recipe: Recipe, stages: list[Stage]) -> None:
     """What later stages ask of this model is there, so that it is not found out hours later; raises RecipeError."""
+    from trivium.model.reward import check_rewards
     from trivium.peft.base import plan_for
     from trivium.peft.kinds import virtual_tokens
     from trivium.peft.settings import settings_of
 
+    if any(STAGES[stage.stage].reads == "reward" for stage in stages):
+        check_rewards(model)
     plans = {}
     for stage in stages:
         try:

@@ -10,7 +10,7 @@ from typing import Any
 
 from trivium.errors import ModelError
 from trivium.files import folder_bytes, read_json
-from trivium.folder import base_of, is_adapter, record_of
+from trivium.folder import base_of, is_adapter, record_of, rewards_in
 from trivium.model.load import locate
 from trivium.terminal import size
 
@@ -34,6 +34,8 @@ def described(source: str) -> dict[str, Any]:
         locate(source)
         found |= {"kind": "model", "architecture": read_json(folder / "config.json").get("model_type")}
         weights = sorted(p.name for p in folder.glob("*.safetensors"))
+    if rewards_in(folder):
+        found["kind"] = "reward model" if found["kind"] == "model" else "reward model's adapter"
     tensors = [header(folder / name) for name in weights]
     dtypes = sorted({t["dtype"] for h in tensors for t in h.values()})
     found["parameters"] = sum(math.prod(t["shape"]) for h in tensors for t in h.values())

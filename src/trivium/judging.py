@@ -35,15 +35,18 @@ def preference_of(judge: JudgeSource, out: Path | None = None, device: str | Non
     """
     if judge.endpoint is not None:
         return by_endpoint(Endpoint(judge.endpoint, str(judge.model), os.environ.get(KEY)))
-    source = str(judge.reward)
-    if out is not None and (out / source).is_dir():
-        source = str(out / source)
+    source = place_of(str(judge.reward), out)
     _check(source)
 
     def rewarded(conversations: Sequence[Sequence[Any]]) -> list[float]:
         return rewards(reward_model(source, device), conversations)
 
     return by_reward(rewarded)
+
+
+def place_of(reward: str, out: Path | None) -> str:
+    """Where a reward model lies that is named by its stage, or by its place."""
+    return str(out / reward) if out is not None and (out / reward).is_dir() else reward
 
 
 def reward_model(source: str, device: str | None = None) -> Any:

@@ -41,8 +41,10 @@ class Measures:
         self.known = known.get("models", {}) if known.get("key") == self.key else {}
 
     def of_start(self, recipe: Recipe, start: Link, stage: Stage) -> None:
-        """Measure the given model that the run starts from; a new one knows nothing yet."""
-        if start.source != "new":
+        """Measure the given model that the run starts from; a new one knows nothing yet, a reward model no words."""
+        from trivium.folder import rewards_in
+
+        if start.source != "new" and not (Path(start.source).is_dir() and rewards_in(Path(start.source))):
             say(f"{START}: {start.source}")
             self._take(START, start.identity, start.source, stage, overrides(recipe, start))
 
@@ -58,9 +60,10 @@ class Measures:
         if parent.source == "new" or not self.recipe.judge_prompts or self.recipe.prompts == []:
             return
         prompts = _held_out_prompts(stage, self.recipe.judge_prompts)
-        key = sha256_json([identity, parent.identity, prompts, asked.model_dump() if asked else None])
+        by = [asked.model_dump() if asked is not None else None, self._judged_by()]
+        key = sha256_json([identity, parent.identity, prompts, by])
         found = self.known.get(stage.name, {}).get("against")
-        if found is None or found.get("key") != key:
+        if not isinstance(found, dict) or found.get("key") != key:
             started = time.perf_counter()
             prefers = preference_of(asked, self.out, stage.device) if asked is not None else None
             changes = overrides(self.recipe, parent)
@@ -77,6 +80,14 @@ class Measures:
         if known.get("against") != found:
             known["against"] = found
             write_json(self.file, self.found)
+
+    def _judged_by(self) -> str | None:
+        """The identity of the reward model that judges."""
+        from trivium.folder import identity_of
+        from trivium.judging import place_of
+
+        asked = self.recipe.judge
+        return identity_of(place_of(asked.reward, self.out)) if asked is not None and asked.reward else None
 
     def around(self, stage: Stage) -> dict[str, Any]:
         """For the summary: bits per byte of the run's text before and after a stage, and the verdicts."""

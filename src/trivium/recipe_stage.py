@@ -261,7 +261,7 @@ class Stage(Strict):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"{one} and {other} contradict each other: give one of them")
         kind = STAGES[self.stage]
-        loss = self.loss or kind.defaults["loss"]
+        loss = kind.defaults["loss"] if self.loss is None else self.loss
         if (found := fault(loss, self.stage, kind.losses, self.__dict__)) is not None:
             raise ValueError(found)
         relative = any(OBJECTIVES[name].relative for name in shares(loss))

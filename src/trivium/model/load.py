@@ -106,6 +106,9 @@ def load_base(source: str, dtype: str, device: str, overrides: dict[str, Any] | 
             f"{source}: its weights lack {len(missing)} tensors, e.g. {missing[0]}", "use a complete model folder"
         )
     if kind is AutoModelForSequenceClassification:
+        if not isinstance(getattr(hf, "score", None), torch.nn.Linear):
+            what = f"{source}: {type(hf).__name__} reads both ways, or has another readout than a score"
+            raise ModelError(what, "give a reward model made of a causal language model")
         setattr(hf, NEW_HEADS, ("score",))
     if extra and hasattr(hf.config, "quantization_config"):
         # GGUF is dequantised on loading; saving it would claim otherwise

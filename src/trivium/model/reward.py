@@ -27,6 +27,14 @@ from trivium.virtual import NEW_HEADS
 SCORE = "score"
 
 
+def check_rewards(model: LanguageModel) -> None:
+    """A reward model can be made of it; raises ModelError."""
+    from transformers import AutoModelForSequenceClassification
+
+    if type(model.hf.config) not in AutoModelForSequenceClassification._model_mapping:
+        raise _no_such_model(model)
+
+
 def as_reward_model(model: LanguageModel, seed: int) -> LanguageModel:
     """The same body as a reward model; one that is a reward model already stays as it is.
 

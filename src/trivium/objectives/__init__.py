@@ -87,6 +87,8 @@ def fault(loss: str | Mapping[str, float], stage: str, allowed: Iterable[str], g
     allowed = list(allowed)
     mixed = shares(loss)
     for name, share in mixed.items():
+        if not name:
+            return f"loss: it names none; a {stage} stage has {', '.join(allowed)}"
         if name not in allowed:
             also = f"; it is called {_ALSO[name.lower()]} here" if name.lower() in _ALSO else nearest(name, allowed)
             return f"loss: a {stage} stage has {', '.join(allowed)}, not {name}{also}"

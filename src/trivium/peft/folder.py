@@ -120,6 +120,9 @@ def load(model: nn.Module, folder: Path, name: str = DEFAULT) -> Attached:
     """
     source = Source(folder, read_config(folder), _read_weights(folder), written_beside(folder))
     read = _own(model, source) if TYPE in source.config else _pefts(model, source)
+    if gives_rewards(folder) and (lacking := set(getattr(model, NEW_HEADS, ())) - read.plan.deltas.keys()):
+        what = f"{folder} says that it makes a reward model, and holds no weights of {', '.join(lacking)}"
+        raise ModelError(what, "Fetch the adapter again.")
     try:
         # Before anything is hung or any memory taken for sizes that the config claims.
         check_same(small_weights(read.plan.deltas, fixed=True), read.weights)
@@ -193,6 +196,9 @@ def method_in(folder: Path) -> dict[str, Any] | None:
         return None
     name, words = WORDS[peft_type]
     found = {ours: config[theirs] for theirs, ours in words.items() if config.get(theirs)}
+    if config.get("task_type") == REWARDS and isinstance(whole := found.get("modules_to_save"), list):
+        found["modules_to_save"] = [name for name in whole if name not in ("classifier", "score")] or None
+        found = {k: v for k, v in found.items() if v is not None}  # a reward's readout is trained beside any method
     beside = {k: v for k, v in written_beside(folder).items() if v is not None}
     if peft_type == "LORA" and (modules := _adapted(folder)):
         found["target_modules"] = modules  # what the tensors say: patterns and chosen layers are theirs to read

@@ -192,6 +192,8 @@ def _parts(model: nn.Module, source: Source) -> dict[str, Any]:
         ("target_parameters", source.config.get("target_parameters") or (), list(experts)),
     ):
         for name in names if isinstance(names, list) else [names] if names else []:
+            if key == "modules_to_save" and name == "classifier" and "score" in whole:
+                continue  # PEFT names both for a reward model, which has one
             module = str(name).rpartition(".")[0] if key == "target_parameters" else str(name)
             if not any(f".{path}".endswith(f".{module}") for path in there):
                 raise ModelError(

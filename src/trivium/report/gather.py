@@ -86,7 +86,24 @@ def _stage_view(folder: Path, stage: Json, measured: Json) -> StageView:
         raise ModelError(f"{path}: not a finished stage", "run the recipe again: finished stages are kept")
     if any(key not in stage for key in SHOWN):
         raise ValueError(f"it says too little of {name}")
-    return StageView(name, stage, record, read_log(path / "metrics.jsonl"), _mapping(measured.get(name, {})))
+    mine = _mapping(measured.get(name, {}))
+    if "against" in mine:
+        _check_duels(folder / MEASURES, mine["against"])
+    return StageView(name, stage, record, read_log(path / "metrics.jsonl"), mine)
+
+
+def _check_duels(file: Path, seen: Any) -> None:
+    """What is shown of a model against its parent is all there; raises ModelError."""
+    try:
+        verdicts: list[Any] = seen["won"]["verdicts"] if seen.get("won") else [0.5] * len(seen["duels"])
+        whole = isinstance(seen["line"], str) and len(verdicts) == len(seen["duels"]) and {*verdicts} <= {0, 0.5, 1}
+        said = [duel[side] for duel in seen["duels"] for side in ("old", "new", "prompt")]
+        whole = whole and all(isinstance(one, (str, list)) for one in said)
+    except (KeyError, TypeError, AttributeError):
+        whole = False
+    if not whole:
+        what = f"{file}: what it says of a model against its parent is damaged"
+        raise ModelError(what, "delete it, and run the recipe again: what is trained is kept")
 
 
 def _mapping(value: Any) -> Json:
