@@ -388,11 +388,19 @@ def test_a_reward_model_scores_chooses_and_judges(saved, tmp_path) -> None:
     assert won == (0.5 if len(duel.new) == len(duel.old) else float(len(duel.new) > len(duel.old)))
 
 
+def test_a_mistake_makes_no_reward_model_of_a_language_model(saved) -> None:
+    model = trivium.load(saved)
+    with pytest.raises(trivium.UserError, match="lerning_rate"):
+        model.train(PAIRS, "reward", lerning_rate=1)
+    assert model.generate("Tell me a story.", 2)
+
+
 @pytest.mark.parametrize(
     ("call", "says"),
     [
         (lambda r, m: r.generate("x"), ["a reward model gives numbers"]),
         (lambda r, m: r.train(REQUESTS, "sft"), ["no words left to train"]),
+        (lambda r, m: r.evaluate(REQUESTS), ["no words left to train"]),
         (lambda r, m: m.attach("lora").train(PAIRS, "reward"), ["knows no reward", "merge()"]),
         (lambda r, m: m.generate("x", best_by=r), ["best_by chooses among several answers", "samples"]),
         (lambda r, m: m.generate("x", 4, samples=2, temperature=1.0, best_by=m), ["no reward model"]),

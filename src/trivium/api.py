@@ -174,8 +174,8 @@ class Model(WithAdapters, Judged):
             if isinstance(eval_rows, (str, Path)) != in_files:
                 raise RecipeError("rows and eval_rows: one in files, one in memory", "give both as files, or as rows")
             given["eval_data"] = str(eval_rows) if in_files else 0
-        self._as_stage_reads(stage)
         full = self._stage(stage, {**given, **settings})
+        self._become(full)
         memory = None
         if not in_files:
             memory = InMemory(listed_rows(rows), None if eval_rows is None else listed_rows(eval_rows, "eval_rows"))
@@ -200,6 +200,7 @@ class Model(WithAdapters, Judged):
         """The stage with every setting filled in. Raises RecipeError."""
         recipe = one_stage(kind, values)
         stage, model = recipe.stages[0], self._opened.model
+        self._check_reads(stage)
         other = stage.method is not None and not deltas.continues(self.hf, settings_of(stage.method))
         if other and deltas.deltas(self.hf):
             have = self.method["name"]

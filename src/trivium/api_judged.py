@@ -23,6 +23,7 @@ from trivium.talk import Talker
 
 if TYPE_CHECKING:
     from trivium.folder import Opened
+    from trivium.recipe import Stage
 
 
 class Judged:
@@ -43,14 +44,16 @@ class Judged:
         new, old = Talker.of(self._opened.model), Talker.of(parent._opened.model)
         return against(lambda: new, lambda: old, [messages_of(p) for p in prompts], prefers, max_new_tokens)
 
-    def _as_stage_reads(self, stage: str) -> None:
-        """A language model becomes a reward model for a reward stage. Raises RecipeError."""
-        rewards = stage in STAGES and STAGES[stage].reads == "reward"
-        if rewards == self._opened.model.gives_rewards or stage not in STAGES:
-            return
-        if not rewards:
+    def _check_reads(self, stage: Stage) -> None:
+        """A stage can read what this model says. Raises RecipeError."""
+        rewards_wanted = STAGES[stage.stage].reads == "reward"
+        if self._opened.model.gives_rewards and not rewards_wanted:
             raise RecipeError("a reward model gives numbers, and has no words left to train", "load the model anew")
-        if deltas.deltas(self._opened.model.hf):
+        if rewards_wanted and not self._opened.model.gives_rewards and deltas.deltas(self._opened.model.hf):
             what = "the model has an adapter that knows no reward"
             raise RecipeError(what, "call merge() first, and name the method in train()")
-        self._opened.model = as_reward_model(self._opened.model, 0)
+
+    def _become(self, stage: Stage) -> None:
+        """A language model becomes a reward model for a stage that trains one."""
+        if STAGES[stage.stage].reads == "reward":
+            self._opened.model = as_reward_model(self._opened.model, int(stage.seed or 0))

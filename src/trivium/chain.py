@@ -96,10 +96,7 @@ def _in_order(
         links[full.name] = Link(str(out / full.name), record["identity"], record["lineage"])
         if len(links) == 1:  # only now, as a mistake in the data should not have to wait for it
             measures.of_start(recipe, came_from, full)
-        if STAGES[full.stage].reads != "reward":
-            measures.of_stage(full, out / full.name, record["identity"])
-        if full.stage == "preference":
-            measures.against_parent(full, out / full.name, record["identity"], came_from)
+        measures.of_stage(full, out / full.name, record["identity"], came_from)
         summary["stages"].append(summary_of(record) | {"from": full.from_} | measures.around(full))
         write_json(out / SUMMARY, summary)
         write_report([out], out / REPORT)

@@ -15,7 +15,7 @@ from trivium.errors import ModelError
 from trivium.files import read_json, sha256_json, write_json
 from trivium.recipe import Recipe, Stage
 from trivium.sources import held_out_from, held_out_share, trained_on
-from trivium.stages import rows_of
+from trivium.stages import STAGES, rows_of
 from trivium.start import Link, overrides
 from trivium.terminal import clock, say
 
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trivium.evaluate.judge import Judge
 
 MEASURES = "measures.json"
+ANSWERS = ("pair", "rating")  # rows of stages whose models are compared with their parents
 START = "model"  # the name of the given model among the stages; no stage may have it
 
 
@@ -48,18 +49,23 @@ class Measures:
             say(f"{START}: {start.source}")
             self._take(START, start.identity, start.source, stage, overrides(recipe, start))
 
-    def of_stage(self, stage: Stage, folder: Path, identity: str) -> None:
-        """Measure what a stage has saved."""
+    def of_stage(self, stage: Stage, folder: Path, identity: str, parent: Link) -> None:
+        """Measure what a stage has saved; one that learns from answers to one prompt, against its parent too."""
+        if STAGES[stage.stage].reads == "reward":
+            return  # it has no words
         self._take(stage.name, identity, str(folder), stage, {})
+        asked = self.recipe.prompts != [] or self.recipe.judge is not None
+        if rows_of(stage) in ANSWERS and parent.source != "new" and self.recipe.judge_prompts and asked:
+            self._against(stage, folder, identity, parent)
 
-    def against_parent(self, stage: Stage, folder: Path, identity: str, parent: Link) -> None:
+    def _against(self, stage: Stage, folder: Path, identity: str, parent: Link) -> None:
         """What preference tuning did to a model's answers, unless that was found out before."""
+        from trivium.evaluate.exam import prompts_from
         from trivium.judging import judge, preference_of
 
         asked = self.recipe.judge
-        if parent.source == "new" or not self.recipe.judge_prompts or self.recipe.prompts == []:
-            return
-        prompts = _held_out_prompts(stage, self.recipe.judge_prompts)
+        sources, share = _held_out(stage)
+        prompts = prompts_from(sources, rows_of(stage), share, self.recipe.judge_prompts)
         by = [asked.model_dump() if asked is not None else None, self._judged_by()]
         key = sha256_json([identity, parent.identity, prompts, by])
         found = self.known.get(stage.name, {}).get("against")
@@ -67,14 +73,19 @@ class Measures:
             started = time.perf_counter()
             prefers = preference_of(asked, self.out, stage.device) if asked is not None else None
             changes = overrides(self.recipe, parent)
-            compared = judge(str(folder), parent.source, prompts, prefers, device=stage.device, dtype=stage.dtype,
-                             changes=changes)  # fmt: skip
+            try:
+                compared = judge(str(folder), parent.source, prompts, prefers, device=stage.device, dtype=stage.dtype,
+                                 changes=changes)  # fmt: skip
+            except ModelError as error:
+                if asked is None or asked.endpoint is None:
+                    raise
+                say(f"  note: {stage.name} is not judged: {error.what}; the same command asks again")
+                return
             if compared is None:
                 say(f"  note: no held-out prompt leaves room for an answer, so {stage.name} is not compared")
                 return
-            seconds = time.perf_counter() - started
-            found = {"key": key, "seconds": seconds, **compared.as_dict(), "line": compared.line()}
-            say(f"  against its parent: {compared.line()} ({clock(seconds)})")
+            found = {"key": key, **compared.as_dict(), "line": compared.line()}
+            say(f"  against its parent: {compared.line()} ({clock(time.perf_counter() - started)})")
             found = json.loads(json.dumps(found))  # as it will be read again
         known = self.found["models"].setdefault(stage.name, {})
         if known.get("against") != found:
@@ -130,13 +141,10 @@ class Measures:
         return found
 
 
-def _held_out_prompts(stage: Stage, most: int) -> tuple[Any, ...]:
-    """Prompts of a stage's held-out rows; where it has none, of its rows."""
-    from trivium.evaluate.exam import prompts_from
-
-    own, share = held_out_from(stage), held_out_share(stage) or None
-    sources = own if own is not None else trained_on(stage)
-    return prompts_from(sources, rows_of(stage), share if own is None else None, most)
+def _held_out(stage: Stage) -> tuple[list[Mix], float | None]:
+    """Where a stage's held-out rows lie, and their share of these rows; where it has none, all of its rows."""
+    own = held_out_from(stage)
+    return (own, None) if own is not None else (trained_on(stage), held_out_share(stage) or None)
 
 
 def _read(file: Path) -> dict[str, Any]:
@@ -154,17 +162,12 @@ def exam_of(recipe: Recipe, stages: list[Stage]) -> Exam:
     from trivium.data.hub import local
     from trivium.evaluate.exam import Exam, prompts_from, texts_from
 
-    def rows(stage: Stage) -> tuple[list[Mix], float | None]:
-        """Where a stage's held-out rows lie, and their share of these rows."""
-        own = held_out_from(stage)
-        return (own, None) if own is not None else (trained_on(stage), held_out_share(stage) or None)
-
     prompts: tuple[Any, ...] = ()
     if recipe.prompts is not None:
         prompts = tuple(({"role": "user", "content": p},) for p in recipe.prompts)
     else:
         ranked = sorted(stages, key=lambda s: ("conversation", "pair", "rating", "text").index(rows_of(s)))
-        sources, share = rows(ranked[0])
+        sources, share = _held_out(ranked[0])
         kind = rows_of(ranked[0])
         prompts = prompts_from(sources, kind, share) or prompts_from(sources, kind, None)
     texts: tuple[str, ...] = ()
@@ -172,5 +175,5 @@ def exam_of(recipe: Recipe, stages: list[Stage]) -> Exam:
     if recipe.eval_text is not None:
         texts = texts_from([local(recipe.eval_text)], None)
     elif reads:
-        texts = texts_from(*rows(reads[0]))
+        texts = texts_from(*_held_out(reads[0]))
     return Exam(prompts, texts)

@@ -18,9 +18,11 @@ from typing import Any, Protocol
 
 from trivium.data.blocks import BadRow
 from trivium.data.formats import Conversation, Message, Pair, Rating, RowError, Scored, mapped, parse
+from trivium.data.misfit import ANSWERS
 from trivium.data.rows import Mix, read_rows
+from trivium.data.templates import chat_template
 from trivium.errors import DataError
-from trivium.evaluate.score import by_sequence, numbers, rewarded
+from trivium.evaluate.score import Proven, by_sequence, numbers, rewarded
 from trivium.files import write_text
 from trivium.forest import Example
 from trivium.model.language_model import LanguageModel
@@ -81,14 +83,13 @@ class Unranked:
 def rank(mixes: Iterable[Mix], reward: LanguageModel, sampler: Sampler | None = None) -> Iterator[Ranked | Unranked]:
     """Every row in order. With a ``sampler`` each row's prompt gets answers drawn from it instead of the row's own."""
     rows = (row for mix in mixes for row in _rows(mix, _answers_of if sampler is None else _prompt_of))
+    reader = _Reader(reward)
     while some := list(islice(rows, TOGETHER)):
         good = [row for row in some if isinstance(row, _Asked)]
         if sampler and good:
-            drawn = zip(good, sampler([row.prompt for row in good]), strict=True)
-            asked = iter([_with(row, texts) for row, texts in drawn])
-            some = [next(asked) if isinstance(row, _Asked) else row for row in some]
-        found = iter(_ranked([row for row in some if isinstance(row, _Asked)], reward))
-        yield from (next(found) if isinstance(row, _Asked) else row for row in some)
+            drawn = iter(sampler([row.prompt for row in good]))
+            some = [_with(row, next(drawn)) if isinstance(row, _Asked) else row for row in some]
+        yield from reader.ranked(some)
 
 
 def write_ranked(
@@ -109,10 +110,9 @@ def write_ranked(
 def scores(mixes: Iterable[Mix], reward: LanguageModel, tally: Tally) -> Iterator[dict[str, Any]]:
     """A line for each row, in order: its rewards in the row's own order, or why it has none."""
     rows = (row for mix in mixes for row in _rows(mix, _any_of))
+    reader = _Reader(reward)
     while some := list(islice(rows, TOGETHER)):
-        found = iter(_ranked([row for row in some if isinstance(row, _Asked)], reward))
-        for row in some:
-            one = next(found) if isinstance(row, _Asked) else row
+        for one in reader.ranked(some):
             tally.add(one)
             if isinstance(one, Unranked):
                 yield {"origin": one.origin, "reason": one.reason}
@@ -216,7 +216,7 @@ def _prompt_of(origin: str, value: dict[str, Any]) -> _Asked:
 
 def _answers_of(origin: str, value: dict[str, Any]) -> _Asked:
     """A pair's answers, or a list's, with scores or without. Raises RowError."""
-    listed = next((f for f in ("answers", "completions", "responses") if isinstance(value.get(f), list)), None)
+    listed = next((f for f in ANSWERS if isinstance(value.get(f), list)), None)
     try:
         parsed = parse(value, "pair")
     except RowError:
@@ -248,19 +248,28 @@ def _any_of(origin: str, value: dict[str, Any]) -> _Asked:
     return _answers_of(origin, value)
 
 
-def _ranked(rows: Sequence[_Asked], reward: LanguageModel) -> list[Ranked | Unranked]:
-    """Rows in order of their rewards; those that the reward model cannot read are said to be so."""
-    read: list[Example | str] = []
-    for row in rows:
+class _Reader:
+    """A reward model that reads block after block of rows."""
+
+    def __init__(self, reward: LanguageModel) -> None:
+        self.reward, self.template, self.proven = reward, chat_template(reward.tokenizer), Proven()
+
+    def ranked(self, rows: Sequence[_Asked | Unranked]) -> list[Ranked | Unranked]:
+        """Answers in order of their rewards; rows that the reward model cannot read are said to be so."""
+        read = [self._read(row) for row in rows]
+        examples = [one[1] for one in read if not isinstance(one, Unranked)]
+        found = iter(numbers(by_sequence(self.reward, examples, self.proven)))
+        return [one if isinstance(one, Unranked) else _sorted(one[0], next(found)) for one in read]
+
+    def _read(self, row: _Asked | Unranked) -> tuple[_Asked, Example] | Unranked:
+        """A row with all its answers behind their prompt."""
+        if isinstance(row, Unranked):
+            return row
         try:
-            read.append(Example(tuple(rewarded(reward, [*row.prompt, *one], row.tools) for one in row.answers)))
+            told = ([*row.prompt, *one] for one in row.answers)
+            return row, Example(tuple(rewarded(self.reward, one, row.tools, self.template) for one in told))
         except DataError as error:
-            read.append(error.what)
-    found = iter(numbers(by_sequence(reward, [one for one in read if isinstance(one, Example)])))
-    return [
-        Unranked(row.origin, one) if isinstance(one, str) else _sorted(row, next(found))
-        for row, one in zip(rows, read, strict=True)
-    ]
+            return Unranked(row.origin, error.what)
 
 
 def _sorted(row: _Asked, rewards: list[float]) -> Ranked:

@@ -54,13 +54,22 @@ class Recipe(Strict):
         None, description="Who judges the answers of preference stages against their parents'; left out: nobody."
     )
     judge_prompts: int = Field(
-        16, ge=0, description="How many held-out prompts a preference stage and its parent answer, to be compared."
+        16,
+        ge=0,
+        description="How many held-out prompts a preference stage and its parent answer; 0: they are not compared.",
     )
     eval_text: str | None = Field(
         None,
         description="Text on which the model is measured after every stage, in bits per byte, so that forgetting "
         "shows; left out: held-out rows of the first pretraining stage.",
     )
+
+    @field_validator("judge", mode="before")
+    @classmethod
+    def _judge(cls, value: Any) -> Any:
+        if value is not None and not isinstance(value, (dict, JudgeSource)):
+            raise wrong(f"{value!r} is no judge", "write judge: {reward: NAME}, or {endpoint: URL, model: NAME}")
+        return value
 
     @field_validator("model", mode="before")
     @classmethod

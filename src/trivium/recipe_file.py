@@ -13,6 +13,7 @@ from pydantic import ValidationError
 
 from trivium.errors import RecipeError, listed, nearest
 from trivium.recipe import MEND, DataSource, JudgeSource, Recipe, Stage
+from trivium.recipe_stage import Strict
 
 
 def any_recipe(recipe: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
@@ -156,7 +157,8 @@ def _explained(error: ValidationError, value: dict[str, Any], node: Any, path: P
     place += context.get("place", [])
     line, shown = _line_of(node, place), _shown(place, value)
     if first["type"] == "extra_forbidden":
-        inside = DataSource if "data" in place or "eval_data" in place else Stage
+        inside: type[Strict] = DataSource if "data" in place or "eval_data" in place else Stage
+        inside = JudgeSource if place[:1] == ["judge"] else inside
         fields = inside.model_fields if len(place) > 1 else Recipe.model_fields
         names = [f.alias or n for n, f in fields.items()]
         return RecipeError(

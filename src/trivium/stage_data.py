@@ -115,4 +115,4 @@ def packed(examples: Sequence[Example], tokens: int, device: object) -> Iterator
 def beside(goal: Objective, examples: Sequence[Example], tokens: int, device: object) -> Iterator[Forest]:
     """What an objective's first pass over some examples reads; nothing where it makes none."""
     if goal.first is not None:
-        yield from packed(goal.first.examples(examples), tokens, device)
+        yield from packed(goal.first.examples(list(examples)), tokens, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -48,6 +49,9 @@ def prove_start(
     with parent() if parent else contextlib.nullcontext():
         loss = evaluate(goal, model.logprob, reference, [forest])[goal.at_start_of]
     allowed = 5 * TOLERANCE[model.dtype].mean
+    if not math.isfinite(loss):
+        what = f"{goal.name}: the loss before the first step is {loss}: its settings are beyond what numbers can hold"
+        raise ModelError(what, "use settings nearer to the usual ones, such as beta: 0.1")
     if not abs(loss - goal.at_start) <= allowed:
         raise ModelError(
             f"{goal.name}: the loss before the first step is {loss:.6f}, not {goal.at_start:.6f}: "

@@ -48,7 +48,7 @@ def reference_of(run: StageRun, work: Work, held_out: list[Forest]) -> NoReferen
         yield from held_out
         steps = range(len(work.order) if work.goal.first else 0)
         seen = ([work.data.examples[i] for i in work.order.chosen(n)] for n in steps)
-        for examples in (*seen, list(work.held_out)):
+        for examples in (*seen, work.held_out):
             yield from beside(work.goal, examples, tokens, model.device)
 
     def parents(forest: Forest) -> Tensor:

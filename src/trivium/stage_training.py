@@ -50,7 +50,7 @@ class Training:
     ) -> None:
         self.run, self.work, self.reference, self.held_out, self.peak = run, work, reference, held_out, peak
         tokens = int(run.stage.micro_batch_tokens or 1)
-        self.beside = list(beside(work.goal, list(work.held_out), tokens, run.model.device))
+        self.beside = list(beside(work.goal, work.held_out, tokens, run.model.device))
         self.model, self.stage = run.model, run.stage
         self.device = str(self.model.device)
         self.steps = len(work.order)

@@ -317,6 +317,23 @@ def test_a_run_judged_by_an_endpoint(chain, trivium, endpoint, tmp_path):
         assert "sk-secret" not in (here / "out" / file).read_text(encoding="utf-8")
 
 
+def test_an_endpoint_that_is_down_does_not_end_the_run(chain, trivium, tmp_path, monkeypatch):
+    """Nothing is lost, and the same command asks again; also where nothing else is asked of the models."""
+    from trivium.evaluate import endpoint as judges
+
+    monkeypatch.setattr(judges, "TRIES", 1)
+    here = Path(shutil.copytree(chain, tmp_path / "copy"))
+    recipe = yaml.safe_load((here / "recipe.yaml").read_text(encoding="utf-8"))
+    recipe |= {"judge": {"endpoint": "http://127.0.0.1:9/v1", "model": "m"}, "prompts": []}
+    (here / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
+    done = trivium("run", here / "recipe.yaml", "--out", here / "out")
+    assert done.code == 0, done.err
+    assert "aligned is not judged: " in done.err
+    assert "the same command asks again" in done.err
+    (_, _, _, _, last) = json.loads((here / "out" / "summary.json").read_text(encoding="utf-8"))["stages"]
+    assert "against" not in last
+
+
 def test_best_of_n(chain, trivium):
     where = ["generate", chain / "out" / "chat", "red cat", "--temperature", 1, "--max-new-tokens", 6, "--seed", 3]
     done = trivium(*where, "--best-of", 6, "--reward", chain / "out" / "rm")
@@ -395,6 +412,11 @@ COMMANDS: dict[str, tuple[list[str], list[str], int]] = {
     "rank what a reward model says": (
         ["data", "rank", "ROWS", "--reward", "OUT/rm", "--out", "HERE/x", "--sample", "OUT/rm"],
         ["numbers, not text"], 2),
+    "rank so many of none": (
+        ["data", "rank", "ROWS", "--reward", "OUT/rm", "--out", "HERE/x", "-n", "3"],
+        ["-n is for answers that are drawn", "--sample DIR"], 2),
+    "rank into a folder": (
+        ["data", "rank", "ROWS", "--reward", "OUT/rm", "--out", "HERE"], ["a folder, where a file"], 3),
     "rank fields that are not there": (
         ["data", "rank", "ROWS", "--reward", "OUT/rm", "--out", "HERE/x", "--field", "prompt=zzz"],
         ["no field 'zzz'", "pairs.jsonl:1"], 2),
@@ -491,6 +513,7 @@ RECIPES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "beta of text": (recipe_of({"beta": "é"}), ["stages.aligned.beta", "'é'", "number"]),
     "beta of a list": (recipe_of({"beta": [1]}), ["stages.aligned.beta", "number"]),
     "a misspelt loss": (recipe_of({"loss": "dpoo"}), ["stages.aligned", "not dpoo; did you mean 'dpo'?"]),
+    "a loss in capitals": (recipe_of({"loss": "DPO"}), ["not DPO; did you mean 'dpo'?"]),
     "the loss of TRL": (recipe_of({"loss": "sigmoid"}), ["not sigmoid; it is called dpo here"]),
     "the KTO of TRL": (recipe_of({"loss": "kto_pair"}), ["not kto_pair; it is called kto here"]),
     "SFT as a loss": (recipe_of({"loss": "sft"}), ["sft_weight beside another loss"]),
@@ -540,9 +563,9 @@ RECIPES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a judge's model alone": (judged({"model": "m"}), ["judge: give either reward or endpoint"]),
     "an endpoint alone": (judged({"endpoint": "http://x/v1"}), ["endpoint and model go together"]),
     "an endpoint that is none": (judged({"endpoint": "x", "model": "m"}), ["the judge's url is 'x'"]),
-    "a judge of text": (judged("rm"), ["judge:", "'rm'"]),
+    "a judge of text": (judged("rm"), ["judge: 'rm' is no judge", "write judge: {reward: NAME}"]),
     "a judge of a list": (judged(["rm"]), ["judge:"]),
-    "a misspelt judge": (judged({"rewards": "rm"}), ["unknown key judge.rewards"]),
+    "a misspelt judge": (judged({"rewards": "rm"}), ["unknown key judge.rewards; did you mean 'reward'?"]),
     "fewer than no prompts": (judged(None, judge_prompts=-1), ["judge_prompts", "-1"]),
     "prompts of a fraction": (judged(None, judge_prompts=1.5), ["judge_prompts"]),
 }  # fmt: skip
@@ -671,6 +694,13 @@ def test_pairs_are_ratings_too(loss, walk, here, trivium):
     recipe = {"name": "x", "model": str(walk.folder / "base"), "stages": [stage], "prompts": []}
     done = run(here, trivium, recipe)
     assert done.code == 0, done.err
+
+
+def test_a_beta_beyond_numbers_is_not_blamed_on_the_parent(walk, tmp_path, trivium):
+    write_rows(tmp_path / "rows.jsonl", [{**PAIR, "prompt": f"{n}"} for n in range(8)])
+    stage = {**ALIGNED, "from": None, "data": "rows.jsonl", "eval_data": 0, "loss": "ipo", "beta": 1e-308}
+    recipe = {"name": "x", "model": str(walk.folder / "base"), "stages": [stage], "prompts": []}
+    check(run(tmp_path, trivium, recipe), "ipo", "beyond what numbers can hold", "beta: 0.1")
 
 
 def test_numbers_too_large_to_train_on_are_told_as_such(walk, tmp_path, trivium):

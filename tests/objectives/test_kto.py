@@ -36,11 +36,14 @@ def test_by_hand():
 
 def test_it_starts_at_a_half_and_says_nothing_of_uneven_weights():
     assert (goal().at_start, goal().needs_reference, goal().name) == (0.5, True, "kto(beta=0.1)")
-    assert goal(desirable_weight=2.0).at_start is None
+    uneven = goal(desirable_weight=2.0)
+    assert (uneven.at_start, uneven.at_start_of) == (0, "margin")
     forest = lay_out([rated([1, 2], [3, 4]), rated([5], [6], scores=(-1,))])
     same = -torch.rand(3)
     found = goal().first.then(0.0).compute(same, forest, same)
     assert float(found.sum) / goal().weight(forest) == pytest.approx(0.5)
+    assert float(uneven.first.then(0.0).compute(same, forest, same).stats["margin"]) == 0
+    assert float(uneven.first.then(0.0).compute(same, forest, same - 0.3).stats["margin"]) > 0.01
 
 
 def test_the_baseline_is_the_mean_gain_of_other_answers_and_never_below_zero():

@@ -120,7 +120,8 @@ def test_the_start_of_a_mixture_and_of_smoothed_labels():
     assert objective(settings_of("dpo", label_smoothing=0.3)).at_start == pytest.approx(LN2)
     mixed = objective({**settings_of("dpo"), "loss": {"dpo": 0.5, "hinge": 2.0}})
     assert (mixed.at_start, mixed.name) == (pytest.approx(0.5 * LN2 + 2), "0.5 dpo + 2 hinge(beta=0.1)")
-    assert objective({**settings_of("dpo"), "loss": {"dpo": 1.0, "simpo": 1.0}, "gamma": 1.0}).at_start is None
+    beside = objective({**settings_of("dpo"), "loss": {"dpo": 1.0, "simpo": 1.0}, "gamma": 1.0})
+    assert (beside.at_start, beside.at_start_of, beside.needs_reference) == (0, "margin", True)
 
 
 def test_losses_without_a_reference_need_none():

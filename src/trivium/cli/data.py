@@ -47,24 +47,28 @@ def rank(
     sample: Annotated[
         str | None, typer.Option("--sample", metavar="DIR", help="A model that answers the prompts, instead of theirs.")
     ] = None,
-    n: Annotated[int, typer.Option("-n", min=2, help="Answers to each prompt, with --sample.")] = 4,
-    temperature: Annotated[float, typer.Option(min=0.01, help="Of the answers that are drawn.")] = 0.8,
-    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an answer that is drawn, at most.")] = 256,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the answers that are drawn.")] = 0,
+    n: Annotated[int | None, typer.Option("-n", min=2, help="Answers drawn to each prompt (4).")] = None,
+    temperature: Annotated[float | None, typer.Option(min=0.01, help="Of the answers that are drawn (0.8).")] = None,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Tokens of one, at most (256).")] = None,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the answers that are drawn (0).")] = None,
     every: Annotated[bool, typer.Option("--all", help="All answers with rewards, not best and worst.")] = False,
     field: Field = None,
 ) -> None:
     """Rank the answers of rows by a reward model: pairs (or scored answers) for a preference stage."""
     from trivium.terminal import say
 
-    if not out.absolute().parent.is_dir():
-        raise DiskError(f"{out}: there is no folder {out.parent}", "make it, or choose another place")
+    check_place(out)
+    drawing = {"-n": n, "--temperature": temperature, "--max-new-tokens": max_new_tokens, "--seed": seed}
+    if sample is None and (idle := [name for name, value in drawing.items() if value is not None]):
+        raise DataError(f"{idle[0]} is for answers that are drawn", "add --sample DIR, a model that draws them")
     asked = _asked(None, None, None, None, "assistant", field)
     read = [mix if not asked.fields else type(mix)(mix.source, None, asked.fields) for mix in mixes(files)]
     from trivium.judging import reward_model, sampler
     from trivium.ranking import write_ranked
 
-    draws = sampler(sample, n, temperature, max_new_tokens, seed) if sample is not None else None
+    draws = None
+    if sample is not None:
+        draws = sampler(sample, n or 4, temperature or 0.8, max_new_tokens or 256, seed or 0)
     for line in write_ranked(read, reward_model(reward), draws, out, every):
         say(line)
 
@@ -116,8 +120,7 @@ def show(
     from trivium.files import write_text
     from trivium.terminal import say
 
-    if html is not None and not html.absolute().parent.is_dir():
-        raise DiskError(f"{html}: there is no folder {html.parent}", "make it, or choose another place")
+    check_place(html)
     asked = _asked(model, max_length, on_overflow, stage, train_on, field)
     encoder = Encoder.of(asked.tokenizer)
     rows = []
@@ -174,6 +177,14 @@ def template(
         raise ModelError(f"{folder}: {error}", "use a template that renders a conversation of two turns") from None
     title = "a conversation of two turns, what is trained marked:"
     print(as_text(branches(example, found.encoder), title, _colour()))
+
+
+def check_place(path: Path | None) -> None:
+    """A file can be written there; raises DiskError."""
+    if path is not None and not path.absolute().parent.is_dir():
+        raise DiskError(f"{path}: there is no folder {path.parent}", "make it, or choose another place")
+    if path is not None and path.is_dir():
+        raise DiskError(f"{path}: a folder, where a file is to be written", "give the file's name, too")
 
 
 def _colour() -> bool:

@@ -9,8 +9,8 @@ from typing import Annotated
 
 import typer
 
-from trivium.cli.data import mixes
-from trivium.errors import DataError, DiskError
+from trivium.cli.data import check_place, mixes
+from trivium.errors import DataError
 
 Rows = Annotated[list[str], typer.Argument(metavar="ROWS...", help="Files, folders, globs, or hf://owner/name/path.")]
 Out = Annotated[Path | None, typer.Option("--out", help="Write here instead of printing.")]
@@ -80,13 +80,4 @@ def written(out: Path | None, lines: Iterable[str]) -> None:
         for line in lines:
             print(line, flush=True)
         return
-    check_place(out)
     write_text(out, "".join(f"{line}\n" for line in lines))
-
-
-def check_place(path: Path | None) -> None:
-    """A file can be written there; raises DiskError."""
-    if path is not None and not path.absolute().parent.is_dir():
-        raise DiskError(f"{path}: there is no folder {path.parent}", "make it, or choose another place")
-    if path is not None and path.is_dir():
-        raise DiskError(f"{path}: a folder, where a file is to be written", "give the file's name, too")

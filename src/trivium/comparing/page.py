@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from trivium.comparing.svg_plot import svg_plot
 from trivium.files import write_text
 from trivium.report.chart import Series, line_chart
 from trivium.report.gather import run_view
+from trivium.report.write import rendered
 
 PAGE = "compare.html"
 COLOURS = 12  # c0 to c7 of the reports' page.css, and this page's own
@@ -28,12 +28,8 @@ def write_page(found: Json, out: Path) -> Path:
 
 def page(found: Json, out: Path) -> str:
     """``out`` is where the runs lie, whose curves are drawn."""
-    from jinja2 import Environment, StrictUndefined
     from markupsafe import Markup
 
-    environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-    template = environment.from_string(resources.files("trivium.comparing").joinpath("page.html").read_text("utf-8"))
-    style = resources.files("trivium.report").joinpath("page.css").read_text("utf-8")
     columns = [*gains(found), *costs(found)]
     tints = {way["name"]: f"c{n % COLOURS}" for n, way in enumerate(found["ways"])}
     told = [
@@ -41,9 +37,10 @@ def page(found: Json, out: Path) -> str:
          "reason": "" if isinstance(row, list) else row[1]}
         for row in rows(found, columns)
     ]  # fmt: skip
-    return template.render(
+    return rendered(
+        "page.html",
+        "trivium.comparing",
         title=f"{found['name']}: {found['stage']}, {len(found['ways'])} ways",
-        style=Markup(style),
         facts=_facts(found),
         head=["method", *(name for name, _ in columns)],
         rows=told,

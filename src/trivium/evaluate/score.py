@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
+from trivium.data.chat import ChatTemplate
 from trivium.data.examples import at_its_end
 from trivium.data.formats import RowError
 from trivium.data.templates import chat_template
@@ -35,24 +36,39 @@ def scored(model: LanguageModel, examples: Sequence[Example], adapters: Sequence
     return [sum(each) for each in by_sequence(model, named)]
 
 
-def by_sequence(model: LanguageModel, examples: Sequence[Example]) -> list[list[float]]:
+@dataclass
+class Proven:
+    """What is known of a model that reads block after block: the layout that equals separate rows, and of how long."""
+
+    layout: str = ""
+    tokens: int = 0
+
+
+def by_sequence(model: LanguageModel, examples: Sequence[Example], proven: Proven | None = None) -> list[list[float]]:
     """The sum over the trained tokens of every sequence of each example; beginnings that are alike are read once."""
     sums: list[list[float]] = []
-    for example, values in zip(examples, per_entry(model, examples), strict=True):
+    for example, values in zip(examples, per_entry(model, examples, proven), strict=True):
         parts = values.split([s.trained_tokens for s in example.sequences])
         sums.append([float(part.sum()) for part in parts])
     return sums
 
 
-def per_entry(model: LanguageModel, examples: Sequence[Example]) -> list[torch.Tensor]:
-    """What the model says of every trained token of each example, its sequences one after the other."""
+def per_entry(model: LanguageModel, examples: Sequence[Example], proven: Proven | None = None) -> list[torch.Tensor]:
+    """What the model says of every trained token of each example, its sequences one after the other.
+
+    Its layout is proved on the shortest and the longest; with ``proven`` only where none so long was read before.
+    """
     if not examples:
         return []
-    ranked = sorted(range(len(examples)), key=lambda n: examples[n].tokens)
-    layout = prove(model, [replace(examples[n], adapter=None) for n in {ranked[0], ranked[-1]}]).layout
+    sizes = [example.tokens for example in examples]
+    ranked = sorted(range(len(examples)), key=lambda n: sizes[n])
+    proven = proven or Proven()
+    if sizes[ranked[-1]] > proven.tokens:
+        proven.layout = prove(model, [replace(examples[n], adapter=None) for n in {ranked[0], ranked[-1]}]).layout
+        proven.tokens = sizes[ranked[-1]]
     found = [torch.zeros(0)] * len(examples)
-    with torch.no_grad(), model.laid_out(layout):
-        for group in _groups([examples[n].tokens for n in ranked]):
+    with torch.no_grad(), model.laid_out(proven.layout):
+        for group in _groups([sizes[n] for n in ranked]):
             numbers = [ranked[place] for place in group]
             forest = lay_out(examples[n] for n in numbers).to(model.device)
             parts = model.logprob(forest).cpu().split([examples[n].trained_tokens for n in numbers])
@@ -84,7 +100,8 @@ def rewards(model: LanguageModel, conversations: Sequence[Messages]) -> list[flo
         raise ModelError("the model gives no rewards: it is no reward model", "train one with a stage: reward")
     if not conversations:
         return []
-    read = [rewarded(model, messages) for messages in conversations]
+    template = chat_template(model.tokenizer)
+    read = [rewarded(model, messages, template=template) for messages in conversations]
     examples: list[list[TokenSequence]] = []
     for number, sequence in enumerate(read):
         same = number and conversations[number][:-1] == conversations[number - 1][:-1]
@@ -107,13 +124,17 @@ def best(reward: LanguageModel, prompts: Sequence[Messages], answers: Sequence[S
 
 
 def rewarded(
-    model: LanguageModel, messages: Sequence[Mapping[str, Any]], tools: list[Any] | None = None
+    model: LanguageModel, messages: Messages, tools: list[Any] | None = None, template: ChatTemplate | None = None
 ) -> TokenSequence:
-    """A conversation as a reward model reads it: up to the end of its last answer. Raises DataError."""
+    """A conversation as a reward model reads it: up to the end of its last answer; ``template`` is the model's.
+
+    Raises DataError.
+    """
+    template = template or chat_template(model.tokenizer)
     # what a row says of its training, message by message, is nothing to a reader
     read = [{k: v for k, v in message.items() if k not in ("train", "weight")} for message in messages]
     try:
-        sequence = at_its_end(chat_template(model.tokenizer).encode(read, "last", tools)[-1])
+        sequence = at_its_end(template.encode(read, "last", tools)[-1])
     except RowError as error:
         raise DataError(f"a conversation cannot be read: {error}", "mend it, or leave it out") from None
     if len(sequence.tokens) - 1 > model.context:

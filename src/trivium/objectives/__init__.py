@@ -66,8 +66,6 @@ _ALSO = {
     "ld_dpo": "dpo with ld_alpha", "rpo": "dpo with sft_weight",
 }  # fmt: skip
 
-DIVERGENCES = ("reverse_kl", "forward_kl", "js", "alpha")
-
 
 def shares(loss: str | Mapping[str, float]) -> dict[str, float]:
     """The losses that are added, and the weight of each."""
@@ -90,7 +88,8 @@ def fault(loss: str | Mapping[str, float], stage: str, allowed: Iterable[str], g
         if not name:
             return f"loss: it names none; a {stage} stage has {', '.join(allowed)}"
         if name not in allowed:
-            also = f"; it is called {_ALSO[name.lower()]} here" if name.lower() in _ALSO else nearest(name, allowed)
+            known = _ALSO.get(name.lower())
+            also = f"; it is called {known} here" if known else nearest(name.lower(), allowed)
             return f"loss: a {stage} stage has {', '.join(allowed)}, not {name}{also}"
         if not (isinstance(share, (int, float)) and math.isfinite(share) and share > 0):
             return f"loss: the weight of {name} is {share!r}, not a number above 0"

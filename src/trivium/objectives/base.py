@@ -58,7 +58,7 @@ class Objective:
     """``compute(logprob [K], forest, reference [K] or None)``; ``weight(forest)`` is the denominator's share.
 
     ``at_start`` is the value per unit of weight of its statistic ``at_start_of`` before the first step, when the model
-    still is its parent, on rows without weights and margins; None where nothing can be said.
+    still is its parent, on rows without weights and margins; None where nothing can be said, for want of a reference.
     """
 
     name: str

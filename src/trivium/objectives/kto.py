@@ -63,7 +63,8 @@ def _kto(settings: Mapping[str, Any], baseline: float) -> Objective:
         compute,
         lambda forest: float(sum(e.weight * len(e.scores) for e in forest.examples)),
         needs_reference=True,
-        at_start=0.5 * named["desirable_weight"] if even else None,
+        at_start=0.5 * named["desirable_weight"] if even else 0.0,
+        at_start_of="loss" if even else "margin",  # what uneven weights begin with, the rows say
         first=first,
     )
 

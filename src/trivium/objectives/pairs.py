@@ -117,9 +117,12 @@ def pairwise(settings: Mapping[str, Any]) -> Objective:
             stats = {"loss": total.detach(), **more, **stats}
         return Result(total, stats)
 
-    of = "preference_loss" if sft_weight else "loss"
+    of, start = "preference_loss" if sft_weight else "loss", None
+    if all(OBJECTIVES[name].relative for name in mixed):
+        start = _at_start(losses, mixed, settings)
+    elif relative:  # what a loss beside it begins with, the model says
+        of, start = "margin", 0.0
     margins = any("margin" in inspect.signature(loss).parameters for loss in losses.values())
-    start = _at_start(losses, mixed, settings) if all(OBJECTIVES[name].relative for name in mixed) else None
     return Objective(_title(settings, mixed), compute, pair_weight, relative, start, of, margins=margins)
 
 

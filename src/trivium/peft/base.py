@@ -33,6 +33,7 @@ from trivium.peft.delta import Delta, Plan
 from trivium.peft.hub import CHILD, DEFAULT, Hub, Use, check_name
 from trivium.peft.kinds import Settings
 from trivium.peft.settings import METHODS, method_name
+from trivium.swapping import under
 from trivium.virtual import ADAPTERS, NEW_HEADS
 
 
@@ -230,21 +231,14 @@ def copy_in(mine: dict[str, Tensor], small: dict[str, Tensor]) -> None:
 
 @contextmanager
 def swapped(model: nn.Module, small: dict[str, Tensor]) -> Iterator[None]:
-    """The model under other small weights for the length of the block, then its own again, bitwise.
+    """The model under other small weights for the length of the block, then its own again, bitwise (`swapping`).
 
-    The parameters stay the same objects and only their storage changes, so an optimizer does not notice and no
-    weight is copied that is on the device already. For gradient-free passes.
+    Raises ModelError when names or shapes do not fit.
     """
     mine = small_weights(deltas(model))
     check_same(mine, small)
-    before = {name: parameter.data for name, parameter in mine.items()}
-    try:
-        for name, parameter in mine.items():
-            parameter.data = small[name].detach().to(parameter.device, parameter.dtype)
+    with under(mine, small):
         yield
-    finally:
-        for name, parameter in mine.items():
-            parameter.data = before[name]
 
 
 def check_same(mine: dict[str, Tensor], small: dict[str, Tensor]) -> None:

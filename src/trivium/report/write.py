@@ -32,13 +32,14 @@ def write_report(folders: Sequence[Path], path: Path) -> Path:
     return path
 
 
-def rendered(name: str, **values: Any) -> str:
-    """One of the pages of this folder, with its style."""
+def rendered(name: str, package: str = "trivium.report", **values: Any) -> str:
+    """A page of a package, with the style of the reports; what it includes is here."""
     from jinja2 import Environment, FunctionLoader, StrictUndefined
     from markupsafe import Markup
 
     def read(file: str) -> str:
-        return resources.files("trivium.report").joinpath(file).read_text(encoding="utf-8")
+        place = resources.files(package if file == name else "trivium.report")
+        return place.joinpath(file).read_text(encoding="utf-8")
 
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, loader=FunctionLoader(read)

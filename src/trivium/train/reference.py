@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +19,9 @@ from torch import Tensor, nn
 
 from trivium.files import damage, make_folder, read_tensors, whole_folder, write_tensors
 from trivium.forest import Forest
+from trivium.objectives.base import LogProb
+from trivium.swapping import under
 
-LogProb = Callable[[Forest], Tensor]
 KEPT = "kept.safetensors"
 
 
@@ -68,19 +69,8 @@ class Moving(NoReference):
         self.held = {name: weight.detach().clone() for name, weight in weights.items()}
 
     def __call__(self, forest: Forest) -> Tensor:
-        with torch.no_grad(), self.plainly(), self._swapped():
+        with torch.no_grad(), self.plainly(), under(self.weights, self.held):
             return self.logprob(forest)
-
-    @contextlib.contextmanager
-    def _swapped(self) -> Iterator[None]:
-        own = {name: weight.data for name, weight in self.weights.items()}
-        try:
-            for name, weight in self.weights.items():
-                weight.data = self.held[name]
-            yield
-        finally:
-            for name, weight in self.weights.items():
-                weight.data = own[name]
 
     def after_step(self, step: int) -> None:
         if step % self.steps == 0:
