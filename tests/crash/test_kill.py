@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import random
 import signal
+import threading
 import time
 from collections import Counter
 
@@ -89,7 +90,7 @@ def test_every_method_goes_on_in_the_same_bits(method, cell):
 
 
 def kill_at_step(number: int) -> None:
-    """In this process, before its update."""
+    """In this process, before its update, when what it saves is written: a disk's pace is not tested."""
     from trivium.train import loop
 
     rate, steps = loop.set_rate, [0]
@@ -97,6 +98,9 @@ def kill_at_step(number: int) -> None:
     def dying(*arguments):
         steps[0] += 1
         if steps[0] == number:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
             os.kill(os.getpid(), signal.SIGKILL)
         rate(*arguments)
 
