@@ -44,13 +44,14 @@ BASE = "model"  # where a base is written that no path names: new, dequantised, 
 
 def run_recipe(
     recipe: Recipe, out: Path, until: str | None = None, judge: Judge | None = None, fresh: bool = False,
-    accept_changed_data: bool = False,
+    accept_changed_data: bool = False, profile: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Run what has to be run; writes ``summary.json`` and ``report.html``, and returns the summary.
 
     ``judge`` looks at answers along the way, and at the end of each stage (`evaluate.judge`). A stage that was
     interrupted goes on where it was, also with other rows where ``accept_changed_data`` says so. ``fresh`` starts over
-    and keeps the old folder aside. Raises BusyError where another run is at work in ``out``.
+    and keeps the old folder aside. ``profile`` tells where the time of a few steps of each stage goes
+    (`train.profile`). Raises BusyError where another run is at work in ``out``.
     """
     stages = _up_to(recipe, until)
     for stage in stages:  # first what needs no library that takes seconds to import
@@ -71,12 +72,13 @@ def run_recipe(
     with only_run(out) as left:
         if left:
             say(f"note: {left}")
-        return _in_order(recipe, ordered, notes, out, judge, accept_changed_data)
+        return _in_order(recipe, ordered, notes, out, judge, accept_changed_data, profile)
 
 
 def _in_order(
-    recipe: Recipe, ordered: list[Stage], notes: dict[str, list[str]], out: Path, judge: Judge | None, accept: bool
-) -> dict[str, Any]:
+    recipe: Recipe, ordered: list[Stage], notes: dict[str, list[str]], out: Path, judge: Judge | None, accept: bool,
+    profile: bool,
+) -> dict[str, Any]:  # fmt: skip
     """All stages, one after the other; returns the summary."""
     for name in (BASE, "tokenizer", *(n for s in ordered for n in (s.name, f"{s.name}-base"))):
         recover(out / name)  # what an attempt that died left; nothing else in this folder is ours to sweep
@@ -92,7 +94,7 @@ def _in_order(
             start = start_of(recipe, full, out)
         came_from = links[full.from_] if full.from_ else start
         assert came_from is not None
-        record = _stage(recipe, full, came_from, out, ordered, judge, accept)
+        record = _stage(recipe, full, came_from, out, ordered, judge, accept, profile)
         links[full.name] = Link(str(out / full.name), record["identity"], record["lineage"])
         if len(links) == 1:  # only now, as a mistake in the data should not have to wait for it
             measures.of_start(recipe, came_from, full)
@@ -127,8 +129,9 @@ def _resolved(recipe: Recipe, stages: list[Stage]) -> tuple[dict[str, Stage], di
 
 
 def _stage(
-    recipe: Recipe, stage: Stage, parent: Link, out: Path, stages: list[Stage], judge: Judge | None, accept: bool
-) -> dict[str, Any]:
+    recipe: Recipe, stage: Stage, parent: Link, out: Path, stages: list[Stage], judge: Judge | None, accept: bool,
+    profile: bool,
+) -> dict[str, Any]:  # fmt: skip
     """Run one stage, or find it done; ``stages`` are all of the run, checked against its model before it is trained."""
     from trivium.folder import record_of
 
@@ -141,7 +144,7 @@ def _stage(
     found = record_of(final) if final.is_dir() else None
     if found is not None and found["identity"] == identity and all(key in found for key in SHOWN):
         check_whole(final, quick=True)
-        say(f"  done before ({identity[:12]}), not run again")
+        say(f"  done before ({identity[:12]}), not run again" + (", so there is nothing to profile" if profile else ""))
         UnderWay.of(out, stage.name, about).done(stage, found)
         return found
     if final.exists() and found is None:
@@ -157,6 +160,7 @@ def _stage(
         from trivium.stage_runner import run_stage
 
         run.judge, run.under_way = judge, going
+        run.profile = out / f"profile-{stage.name}.json" if profile else None
         if going.date is not None and stage.date is None:
             run.stage = stage.model_copy(update={"date": datetime.date.fromisoformat(going.date)})
         run.tracker = lambda: open_tracker(recipe.track, recipe.name, stage.name, out, stage.model_dump(by_alias=True))

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -81,7 +81,8 @@ class Training:
                 self._evaluated()
                 epochs, rows = self.work.order.epochs, len(self.work.data.examples)
                 say(f"  {self.steps} steps over {epochs:.2f} epochs of {rows:,} examples")
-                train(self._task(), self._after_step, self.done)
+                with self._profiled() as (task, after_step):
+                    train(task, after_step, self.done)
                 self.save()
             except Stopped:
                 raise self._stopped() from None
@@ -105,6 +106,15 @@ class Training:
             max_grad_norm=float(stage.max_grad_norm or 1.0),
             not_finite=self.guard.not_finite,
         )
+
+    def _profiled(self) -> contextlib.AbstractContextManager[tuple[Task, Callable[[StepLog], None]]]:
+        """What the loop is handed, and on request where the time of a few of its steps goes."""
+        task, file = self._task(), self.run.profile
+        if file is None:
+            return contextlib.nullcontext((task, self._after_step))
+        from trivium.train.profile import profiled
+
+        return profiled(file, self.stage.name, self.model, task, self._after_step, self.done, self.log.paused)
 
     def _after_step(self, step: StepLog) -> None:
         costs = self.run.costs

@@ -59,6 +59,7 @@ class StageRun:
     judge: Judge | None = None
     tracker: Callable[[], Tracker | None] = lambda: None
     under_way: UnderWay | None = None  # its checkpoints; None: it cannot go on
+    profile: Path | None = None  # where it is written where the time of a few steps goes; None: that is not measured
     costs: Costs = field(default_factory=Costs)
 
     @property

@@ -59,6 +59,9 @@ class Adapters(Protocol):
     def acting(self) -> Virtual | None:
         """Those of whatever acts now."""
 
+    def together(self, model: Any, on: bool) -> None:
+        """From now on (or no longer) what acts on a module may be computed along with it."""
+
     def by_span(self, spans: Sequence[Span]) -> AbstractContextManager[None]:
         """Each span of the line under its own adapter."""
 

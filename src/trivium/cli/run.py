@@ -25,6 +25,9 @@ def run(
     accept_changed_data: Annotated[
         bool, typer.Option("--accept-changed-data", help="Go on with rows that changed while a stage was interrupted.")
     ] = False,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Tell where the time of a few steps of each stage goes.")
+    ] = False,
 ) -> None:
     """Carry out a recipe; finished stages are not run again, and what was interrupted goes on."""
     from trivium.recipe_file import read_recipe
@@ -34,7 +37,7 @@ def run(
     from trivium.summary import account, table
 
     folder = out or Path("runs") / read.name
-    summary = run_recipe(read, folder, until, None, fresh, accept_changed_data)
+    summary = run_recipe(read, folder, until, None, fresh, accept_changed_data, profile)
     print(table(summary))
     print("", *account(summary), sep="\n")
     print(f"\n{folder / 'summary.json'}\n{folder / 'report.html'}")

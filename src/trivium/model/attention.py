@@ -24,6 +24,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from trivium.forest import Forest, Segment
+from trivium.model import fast
+from trivium.model.fast import segments
 from trivium.virtual import Virtual
 
 NAME = "trivium_forest"
@@ -62,6 +64,16 @@ class Plan:
     masks: dict[tuple[int, int | None], Tensor | None] = field(default_factory=dict)
     blocks: dict[int | None, Any] = field(default_factory=dict)  # FlexAttention block masks, by window
     given: tuple[tuple[int, Virtual], ...] = ()  # places from which on keys and values are given, not computed
+
+    @cached_property
+    def ranges(self) -> list[segments.Call]:
+        """The same as pieces of the line, which need no mask."""
+        return segments.calls_of(self.forest)
+
+    def by_range(self, options: Options) -> bool:
+        """Whether the rule is all that a layer asks for."""
+        windowed = options.window and options.window < self.forest.longest
+        return not (windowed or options.dropout or options.softcap is not None or options.sinks is not None)
 
     @cached_property
     def calls(self) -> list[Call]:
@@ -141,6 +153,9 @@ def forest_attention(
         from trivium.model.flex import flex_forest_attention
 
         return flex_forest_attention(query, key, value, forest, options), None
+    usual = query.shape[-1] == value.shape[-1] and query.shape[1] % key.shape[1] == 0
+    if usual and forest.by_range(options) and fast.taken("attention", query, key, value):
+        return segments.attend(query, key, value, forest.ranges, options.scaling), None
     return segment_attention(query, key, value, forest, options), None
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from trivium.forest import Forest
 from trivium.model import attention
+from trivium.model.fast import Paths
 from trivium.model.layout import hidden_states
 from trivium.model.quantized import count
 from trivium.model.readout import Readout, RewardReadout, readout_of
@@ -43,6 +44,7 @@ class LanguageModel:
     native_attention: str = "sdpa"
     notes: list[str] = field(default_factory=list)
     _readout: Readout | RewardReadout | None = None
+    _paths: Paths | None = None
 
     @property
     def device(self) -> torch.device:
@@ -120,9 +122,15 @@ class LanguageModel:
             self._set_attention(attention_before)
 
     def _set_attention(self, name: str) -> None:
+        """The attention of this name; the forest's comes with the faster ways to all else."""
         if self.hf.config._attn_implementation != name:
             attention.register()
             self.hf.set_attn_implementation(name)
+        if self._paths is None or self._paths.model is not self.hf:
+            self._paths = Paths(self.hf)
+        self._paths.install() if name == attention.NAME else self._paths.remove()
+        if self.adapters is not None:
+            self.adapters.together(self.hf, name == attention.NAME)
 
     def parameters(self) -> int:
         """Parameters in all, tied ones counted once."""

@@ -37,6 +37,7 @@ class Use:
         self.active: dict[str, float] = {}
         self.averaged = False
         self.spans: tuple[Span, ...] = ()
+        self.groups: Any = None  # see `together`
         self.carriers: dict[str, list[Any]] = {}  # the deltas with virtual tokens, by adapter, in the model's order
 
     def switch(self, active: Mapping[str, float], averaged: bool = False) -> None:
@@ -54,6 +55,13 @@ class Use:
     def by_span(self, spans: Sequence[Span]) -> AbstractContextManager[None]:
         """Each span of the line under its own adapter, for the length of the block."""
         return _As(self, {}, False, tuple(spans))
+
+    def together(self, model: nn.Module, on: bool) -> None:
+        """From now on (or no longer) targets compute themselves and their deltas in one, where that can be done."""
+        from trivium.peft.together import Together
+
+        self.groups = self.groups or Together()
+        self.groups.install(model) if on else self.groups.remove()
 
     def virtual(self, adapter: str | None) -> Virtual | None:
         """The virtual tokens of one adapter; those of its deltas put together."""
@@ -127,6 +135,7 @@ class Hub(nn.ModuleDict):
         self.use = use
         self.handles: list[Any] = []
         self.kept: list[dict[str, Any]] = []  # the target's own tensors, while others take their place
+        self.done = False  # whether the output of a call under way is changed already
 
     @classmethod
     def on(cls, target: nn.Module, use: Use) -> Hub:
@@ -164,7 +173,7 @@ class Hub(nn.ModuleDict):
 
 def check_name(name: str) -> None:
     """Raises RecipeError for what cannot be an adapter's name."""
-    if not name.replace("-", "_").isidentifier() or hasattr(Hub, name) or name in ("use", "handles", "kept"):
+    if not name.replace("-", "_").isidentifier() or hasattr(Hub, name) or name in ("use", "handles", "kept", "done"):
         raise RecipeError(
             f"{name!r} cannot be an adapter's name",
             "begin with a letter; use letters, digits, - and _; or another word",
@@ -203,6 +212,9 @@ def _after(target: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], out
     hub: Hub = getattr(target, CHILD)
     for key, tensor in hub.kept.pop().items() if hub.kept else ():
         target._parameters[key] = tensor
+    if hub.done:  # the target has computed its delta along with itself (`together.py`)
+        hub.done = False
+        return None
     if hub.idle or output is None:  # None: it was called in vain, and the error is on its way
         return None
     x, _ = _first(args, kwargs)
