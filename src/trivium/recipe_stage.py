@@ -16,6 +16,7 @@ from trivium.errors import RecipeError, nearest
 from trivium.objectives import OBJECTIVES, SETTINGS, fault, shares
 from trivium.peft.settings import METHODS, PRESETS, as_written, settings_of
 from trivium.stages import STAGES, rows_of
+from trivium.train.budget import in_bytes
 
 NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
 RESERVED = ("model", "tokenizer", "data", "tensorboard", "wandb")  # what a run writes beside its stages
@@ -132,8 +133,15 @@ class Stage(Strict):
     train_on: Literal["assistant", "last", "all"] | None = Field(
         None, description="Which turns of a conversation are trained."
     )
-    recompute: Literal["none", "layers", "auto"] | None = Field(
-        None, description="Recompute each layer in the backward pass to save memory; auto: where it would not fit."
+    recompute: Literal["none", "layers", "auto"] | int | None = Field(
+        None,
+        description="Recompute layers in the backward pass to save memory: all, none, or how many; auto: where they "
+        "would not fit.",
+    )
+    memory: str | None = Field(
+        None,
+        description="What training may take at its peak, such as 2GB: passes get smaller and layers are recomputed, "
+        "whichever costs less.",
     )
     dropout: float | None = Field(None, ge=0, lt=1, description="The model's own dropout.")
     eval_every: int | None = Field(None, ge=1, description="Evaluate on the held-out rows every so many steps.")
@@ -242,6 +250,15 @@ class Stage(Strict):
             return value
         return _sources(value)
 
+    def _check_memory(self) -> None:
+        """``memory`` is an amount, and how it is kept to is not said besides."""
+        if isinstance(self.recompute, int) and (isinstance(self.recompute, bool) or self.recompute < 0):
+            raise ValueError("recompute: none, layers, auto, or how many layers")
+        if self.memory is not None:
+            in_bytes(self.memory)
+            if self.recompute not in (None, "auto"):
+                raise ValueError("memory and recompute contradict each other: memory says how many layers")
+
     @property
     def paths(self) -> Any:
         """Where its rows come from, as short as it can be written."""
@@ -260,6 +277,7 @@ class Stage(Strict):
         for one, other in (("epochs", "max_steps"), ("batch_size", "batch_tokens"), ("save_every", "save_minutes")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
                 raise ValueError(f"{one} and {other} contradict each other: give one of them")
+        self._check_memory()
         kind = STAGES[self.stage]
         loss = kind.defaults["loss"] if self.loss is None else self.loss
         if (found := fault(loss, self.stage, kind.losses, self.__dict__)) is not None:

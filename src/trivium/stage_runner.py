@@ -25,7 +25,7 @@ from trivium.peft.kinds import FullSettings, Settings, virtual_tokens
 from trivium.peft.settings import method_name, settings_of
 from trivium.peft.targets import decoder_layers
 from trivium.stage_data import packed, run_order, stage_examples
-from trivium.stage_proof import probe, prove_start, recomputes
+from trivium.stage_proof import probe, prove_start, recomputes, within_memory
 from trivium.stage_reference import elsewhere, reference_of
 from trivium.stage_saving import LOG
 from trivium.stage_training import Training
@@ -49,7 +49,8 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         with costs.clock("setup_seconds"):
             prove_start(work.goal, model, reference, work.used, elsewhere(run, work))
             layers = list(decoder_layers(model.hf).values())
-            stack.enter_context(recompute.recomputed(layers, recomputes(run.stage, model, work.used), model.adapters))
+            again = layers[: recomputes(run.stage, model, work.used)]
+            stack.enter_context(recompute.recomputed(again, model.adapters))
         training = Training(run, work, reference, held_out, peak)
         stack.callback(training.close)
         before = training.carry_out()
@@ -74,6 +75,9 @@ def _prepared(run: StageRun) -> Work:
     used = data.examples.at(order.used())
     proof = prove(model, probe(used))
     say(f"  {proof.line()}")
+    with model.laid_out(proof.layout):
+        run.stage = within_memory(stage, model, used)
+    order = run_order(run.stage, data)
     goal = objective(stage.model_dump())
     if data.ledger.counts.get("with_margin") and not goal.margins:
         say(f"  note: {goal.name} knows no margins: those of the rows change nothing")

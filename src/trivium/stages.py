@@ -79,7 +79,7 @@ STAGES = {
 PASS_TOKENS = {"cpu": 1024, "mps": 2048, "cuda": 16384}
 
 # What goes with the model and is taken over from the stage before.
-INHERITED = ("method", "dtype", "device", "recompute", "micro_batch_tokens")
+INHERITED = ("method", "dtype", "device", "recompute", "micro_batch_tokens", "memory")
 
 # What only arranges or shows the work: it does not enter a stage's identity.
 NOT_IDENTITY = {
@@ -91,6 +91,7 @@ NOT_IDENTITY = {
     "bad_rows",
     "micro_batch_tokens",
     "recompute",
+    "memory",
     "device",
     "save_every",
     "save_minutes",
@@ -123,6 +124,9 @@ def resolve(stage: Stage, recipe: Recipe, parent: dict[str, Any] | None, parent_
     parent = parent or {}
     known = {k: v for k in type(stage).model_fields if (v := getattr(stage, k)) is not None}
     inherited: dict[str, Any] = {k: parent[k] for k in INHERITED if k not in known and parent.get(k) is not None}
+    for one, other in (("memory", "recompute"), ("recompute", "memory")):  # the one that is written decides
+        if one in known and known[one] != "auto":
+            inherited.pop(other, None)
     defaulted: dict[str, Any] = {}
     method = parent.get("method") or {}
     if stage.method is not None and only_named(stage.method) and stage.method.items() <= method.items():

@@ -312,11 +312,12 @@ def test_a_leak_between_rows_is_caught(examples, monkeypatch):
 
     mine, _ = pair(config_of("llama"))
 
-    def leaking(q: Tensor, k: Tensor, v: Tensor, plan: Any, options: Any) -> Tensor:
+    def leaking(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
         k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
         return nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
 
     monkeypatch.setattr(attention, "segment_attention", leaking)
+    monkeypatch.setattr(attention.segments, "attend", leaking)
     found = prove(mine, examples)
     assert found.layout == "rows"
     assert "not forest: log-probabilities differ" in found.line()

@@ -9,7 +9,7 @@ from transformers import AutoConfig
 
 from trivium.model.new import new_model
 from trivium.peft.targets import decoder_layers
-from trivium.train.recompute import SHARE, recomputed, saved_bytes, wanted
+from trivium.train.recompute import SHARE, recomputed, saved_bytes, too_much
 
 
 @pytest.fixture(params=["llama", "gpt2", "gemma3_text"])
@@ -45,10 +45,10 @@ def test_layers_run_twice_and_give_the_same(model):
     count = Count(layers)
     plain = gradients(model)
     assert count.runs == [1, 1, 1]
-    with recomputed(layers, on=False):
+    with recomputed([]):
         gradients(model)
     assert count.runs == [2, 2, 2]
-    with recomputed(layers, on=True):
+    with recomputed(layers):
         loss, found = gradients(model)
         assert count.runs == [4, 4, 4], "once forward, once more in the backward pass, in evaluation mode too"
         with torch.no_grad():
@@ -62,7 +62,7 @@ def test_layers_run_twice_and_give_the_same(model):
 
 def test_forward_is_restored_after_an_error(model):
     layers = list(decoder_layers(model).values())
-    with pytest.raises(ValueError, match="x"), recomputed(layers, on=True):
+    with pytest.raises(ValueError, match="x"), recomputed(layers):
         raise ValueError("x")
     assert all("forward" not in vars(layer) for layer in layers)
 
@@ -74,7 +74,7 @@ def test_it_saves_memory(model):
         return model.base_model(TOKENS, use_cache=False).last_hidden_state
 
     plain = saved_bytes(run, model.parameters())
-    with recomputed(layers, on=True):
+    with recomputed(layers):
         less = saved_bytes(run, model.parameters())
     assert less < plain / 3
     assert less >= 3 * TOKENS.numel() * 32 * 4, "each layer's input is kept"
@@ -91,8 +91,6 @@ def test_saved_bytes_counts_each_storage_once_and_no_weight():
     assert saved_bytes(run, [weight]) == (7 * 10 + 7 * 10) * 4
 
 
-def test_when_it_is_wanted():
-    assert wanted("layers", 0, 0, 10**12)
-    assert not wanted("off", 10**9, 10**9, 0)
-    assert not wanted("auto", 10.0, 50, int(500 / SHARE) + 1)
-    assert wanted("auto", 10.0, 51, int(500 / SHARE))
+def test_when_it_is_too_much():
+    assert not too_much(10.0, 50, int(500 / SHARE) + 1)
+    assert too_much(10.0, 51, int(500 / SHARE))

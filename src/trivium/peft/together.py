@@ -6,9 +6,9 @@ The thin products of siblings are one, A = [A_1; A_2; ...]; outputs and the grad
 products. Written out, the same is a pass over the tokens for each LoRA's output and three for each gradient. What is
 kept is x and A x.
 
-A target's class is not changed: it gets another ``forward`` for a while. The first of some siblings computes all of
-them and hands the others theirs when they are called with that same input; what is not as expected goes the way of
-`hub.py`, with the same numbers.
+A target's class is not changed: it gets another ``forward`` for a while. The first of some siblings that is called
+computes all of them, and hands the others theirs when they are called with that same input; what is not as expected
+goes the way of `hub.py`, with the same numbers.
 
 Shapes:  N tokens (all leading dimensions),  in, out: a target's,  r: a LoRA's rank,  R: the sum of the siblings'.
 """
@@ -38,7 +38,7 @@ class Group:
     """Targets that may read the same input; what the first has computed for the others, until they ask."""
 
     def __init__(self, members: list[nn.Module]) -> None:
-        self.members = members
+        self.members = members  # as soon as one of them is given another input, each computes itself
         self.input: Tensor | None = None
         self.waiting: dict[nn.Module, Tensor] = {}
 
@@ -48,8 +48,10 @@ class Group:
             out = self.waiting.pop(target)
             self.input = x if self.waiting else None
         else:
-            deltas = {m: _lora_of(m) for m in self.members} if target is self.members[0] else {}
-            if not deltas or None in deltas.values():
+            if self.waiting:  # for nothing: these do not read the same, as in attention to another sequence
+                self.members = []
+            deltas = {m: _lora_of(m) for m in self.members}
+            if target not in deltas or None in deltas.values():
                 deltas = {target: _lora_of(target)}
             outputs = compute(x, deltas)  # type: ignore[arg-type]
             self.waiting = dict(zip(deltas, outputs, strict=True))
@@ -67,6 +69,7 @@ class Together:
 
     def __init__(self) -> None:
         self.groups: list[Group] = []
+        self.changed: list[nn.Module] = []
 
     def install(self, model: nn.Module) -> None:
         """Where they are not in it yet."""
@@ -81,13 +84,14 @@ class Together:
         for group in self.groups:
             for member in group.members:
                 member.forward = partial(_forward, member, group)
+                self.changed.append(member)
 
     def remove(self) -> None:
         for group in self.groups:
             group.forget()
-            for member in group.members:
-                del member.forward
-        self.groups = []
+        for module in self.changed:
+            del module.forward
+        self.groups, self.changed = [], []
 
 
 def _forward(target: nn.Module, group: Group, x: Tensor) -> Tensor:
@@ -103,9 +107,9 @@ def _lora_of(target: nn.Module) -> LoRA | None:
     if hub is None or hub.use.spans or hub.use.averaged:
         return None
     acting = [hub[name] for name in hub.use.active if name in hub]
-    if len(acting) != 1 or type(acting[0]).forward is not LoRA.forward or type(acting[0]).low is not LoRA.low:
+    if len(acting) != 1 or type(acting[0]) is not LoRA:
         return None
-    delta: LoRA = acting[0]  # type: ignore[assignment]
+    delta = acting[0]
     plain = not any(p.requires_grad for p in (target.weight, target.bias) if p is not None)
     dense = isinstance(target, Quantized) or target.weight.dtype == torch.float32
     drops = delta.dropping and delta.dropout > 0

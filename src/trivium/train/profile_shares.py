@@ -7,8 +7,8 @@ The innermost recorded event at a moment says what is done then, the ones around
     a backward node             of the kind of the forward operation that made it, which has the same sequence number
     what encloses it            otherwise; and if nothing says otherwise, a matrix product by its name, or element-wise
 
-Time of the process in no operation is Python and dispatch. On a GPU the time of an operation is that of the kernels it
-launched, and what no kernel fills is data, or Python and dispatch.
+Time of the process in no operation is Python and dispatch; giving memory back is in it, too. On a GPU the time of an
+operation is that of the kernels it launched, and what no kernel fills is data, or Python and dispatch.
 
 Cost: one pass over the events, some microseconds each.
 """

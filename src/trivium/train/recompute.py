@@ -15,27 +15,29 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from trivium.model.fast import gated
 from trivium.virtual import Adapters, same_again
 
 SHARE = 0.6  # auto recomputes when the activations would take more than this share of the free memory
 
 
 @contextlib.contextmanager
-def recomputed(layers: list[nn.Module], on: bool, adapters: Adapters | None = None) -> Iterator[None]:
-    """Within the block each layer keeps only its input, and runs again in the backward pass.
+def recomputed(layers: list[nn.Module], adapters: Adapters | None = None) -> Iterator[None]:
+    """Within the block each of these layers keeps only its input, and runs again in the backward pass.
 
     ``adapters`` are those of the model: what acts in a layer acts when it runs again.
     """
-    if not on:
-        yield
-        return
 
     def wrap(forward: Any) -> Any:
+        def computed(*args: Any, **kwargs: Any) -> Any:
+            with gated.kept_as_it_is():  # what is thrown away needs no leaner form, and must not be held by one
+                return forward(*args, **kwargs)
+
         def recomputing(*args: Any, **kwargs: Any) -> Any:
             if not torch.is_grad_enabled():
                 return forward(*args, **kwargs)
             again = partial(same_again, adapters)
-            return checkpoint(forward, *args, use_reentrant=False, context_fn=again, **kwargs)
+            return checkpoint(computed, *args, use_reentrant=False, context_fn=again, **kwargs)
 
         return recomputing
 
@@ -66,6 +68,6 @@ def saved_bytes(run: Callable[[], Tensor], parameters: Iterable[Tensor]) -> int:
     return sum(sizes.values())
 
 
-def wanted(setting: str, bytes_per_token: float, tokens: int, free: int) -> bool:
-    """Whether layers are recomputed: as said, or (``auto``) when ``tokens`` would take too much of ``free`` bytes."""
-    return setting == "layers" or (setting == "auto" and bytes_per_token * tokens > SHARE * free)
+def too_much(bytes_per_token: float, tokens: int, free: int) -> bool:
+    """Whether ``tokens`` in one pass would keep too much of ``free`` bytes."""
+    return bytes_per_token * tokens > SHARE * free

@@ -1,8 +1,8 @@
 """Faster ways to the same numbers, put in a `transformers` model while it computes on forests.
 
     paths = Paths(hf)
-    paths.install()        # norms, gated MLPs, rotary embeddings: those that a trial finds to be what they are taken for
-    paths.remove()         # the model as it came
+    paths.install()    # norms, gated MLPs, rotary embeddings: those that a trial finds to be what they are taken for
+    paths.remove()     # the model as it came
 
 A model's own modules are not replaced: those of known kinds get another ``forward`` for a while. What kind a module
 is of is not read from its name: its class computes a few random numbers, and so does ours, and they must agree. The
@@ -90,19 +90,19 @@ class Paths:
 
 def _forward_for(module: nn.Module) -> Callable[..., Any] | None:
     """Another forward for a module of a known kind; None for any other."""
-    if (eps := norm.eps_of(module)) is not None and (offset := _offset(type(module), eps, _Key(module))) is not None:
+    if (eps := norm.eps_of(module)) is not None and (offset := _offset(_Key(module), eps)) is not None:
         return partial(_normed, module, eps, offset)
-    if gated.is_gated(module) and (activation := _activation(type(module), _Key(module))) is not None:
+    if gated.is_gated(module) and (activation := _activation(_Key(module))) is not None:
         return partial(_mlp, module, activation)
     return None
 
 
 class _Key:
-    """A module beside the key that a cache looks at: all modules of a class and function are tried once."""
+    """A module, as a cache looks at it: all modules of a class and activation are tried once."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
-        self.name = repr(getattr(module, "act_fn", None))
+        self.name = (type(module), repr(getattr(module, "act_fn", None)))
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Key) and self.name == other.name
@@ -123,9 +123,9 @@ def _random(*shape: int) -> Tensor:
 
 
 @cache
-def _offset(kind: type[nn.Module], eps: float, key: _Key) -> float | None:
+def _offset(key: _Key, eps: float) -> float | None:
     """The offset with which this class is an RMSNorm, or None where it is something else."""
-    x, weight = _random(3, 8), _random(8)
+    x, weight, kind = _random(3, 8), _random(8), type(key.module)
     with contextlib.suppress(Exception), torch.no_grad():  # another class of that shape may fail in any way
         said = kind.forward(_small(key.module, _parameters={"weight": weight}), x)
         for offset in (0.0, 1.0):
@@ -135,7 +135,7 @@ def _offset(kind: type[nn.Module], eps: float, key: _Key) -> float | None:
 
 
 @cache
-def _activation(kind: type[nn.Module], key: _Key) -> gated.Activation | None:
+def _activation(key: _Key) -> gated.Activation | None:
     """The activation with which this class is a gated MLP, or None."""
     act = {n: m for n, m in key.module._modules.items() if n not in ("gate_proj", "up_proj", "down_proj")}
     torch_state = torch.random.get_rng_state()
@@ -146,7 +146,7 @@ def _activation(kind: type[nn.Module], key: _Key) -> gated.Activation | None:
     x = _random(3, 6)
     with contextlib.suppress(Exception), torch.no_grad():
         small = _small(key.module, _modules={**act, **linear})
-        said = kind.forward(small, x)
+        said = type(key.module).forward(small, x)
         for activation in gated.ACTIVATIONS:
             if torch.allclose(said, gated.gated_mlp(small, x, activation), atol=1e-5):
                 return activation
@@ -154,16 +154,18 @@ def _activation(kind: type[nn.Module], key: _Key) -> gated.Activation | None:
 
 
 def _normed(module: nn.Module, eps: float, offset: float, x: Tensor) -> Tensor:
-    weight = module.weight
+    weight: Any = module.weight  # not a parameter, where an adapter has put another in its place
     if not taken("norm", x, weight):
-        return type(module).forward(module, x)
+        own: Tensor = type(module).forward(module, x)
+        return own
     out: Tensor = norm.RMSNorm.apply(x, weight, eps, offset)
     return out
 
 
 def _mlp(module: nn.Module, activation: gated.Activation, x: Tensor) -> Tensor:
     if not taken("gated", x):
-        return type(module).forward(module, x)
+        own: Tensor = type(module).forward(module, x)
+        return own
     return gated.gated_mlp(module, x, activation)
 
 

@@ -8,7 +8,8 @@ Shapes:  N tokens (all leading dimensions),  F the MLP's inner width.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -51,11 +52,24 @@ class Gated(torch.autograd.Function):
         return ctx.activation.backward(grad * up, gate), grad_up, None
 
 
+_as_it_is: list[None] = []  # not empty: what autograd keeps is kept as it is
+
+
+@contextlib.contextmanager
+def kept_as_it_is() -> Iterator[None]:
+    """Within the block the input of the projection behind is kept by autograd as any other tensor is."""
+    _as_it_is.append(None)
+    try:
+        yield
+    finally:
+        _as_it_is.pop()
+
+
 def gated_mlp(module: Any, x: Tensor, activation: Activation) -> Tensor:
     """``down(act(gate(x)) * up(x))``, whatever hangs on the three."""
     gate, up = module.gate_proj(x), module.up_proj(x)
     inner = Gated.apply(gate, up, activation)
-    if not torch.is_grad_enabled() or not inner.requires_grad:
+    if _as_it_is or not torch.is_grad_enabled() or not inner.requires_grad:
         out: Tensor = module.down_proj(inner)
         return out
     at, kept = inner.data_ptr(), (gate.detach(), up.detach())

@@ -1,0 +1,71 @@
+"""Passes and recomputation within a budget of memory."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from trivium.train.budget import Cost, fit, in_bytes, least
+
+COST = Cost(fixed=1e9, kept=900_000, input=2_000, working=50_000, layers=30)
+
+
+def test_what_fits_is_left_as_it_is():
+    plan = fit(10e9, COST, longest=500, asked=1024)
+    assert plan is not None
+    assert (plan.tokens, plan.layers) == (1024, 0)
+
+
+def test_tokens_go_first_and_layers_where_a_row_is_long():
+    plan = fit(1.5e9, COST, longest=300, asked=1024)
+    assert plan is not None
+    assert plan.tokens == 512
+    assert plan.layers == 0
+    long = fit(1.5e9, COST, longest=1000, asked=1024)
+    assert long is not None
+    assert long.tokens == 1024
+    assert long.layers > 10
+
+
+def test_what_does_not_fit_is_said_with_the_least_that_does():
+    assert fit(1.02e9, COST, longest=1000, asked=1024) is None
+    smallest = least(COST, 1000)
+    assert fit(smallest - 1, COST, longest=1000, asked=1024) is None
+    assert fit(smallest, COST, longest=1000, asked=1024) is not None
+
+
+@given(
+    budget=st.floats(1e8, 1e11),
+    fixed=st.floats(0, 1e10),
+    kept=st.floats(1e3, 1e7),
+    share=st.floats(0, 1),
+    working=st.floats(0, 1e6),
+    layers=st.integers(1, 100),
+    longest=st.integers(1, 5000),
+    asked=st.integers(1, 20000),
+)
+def test_it_keeps_to_the_budget_and_finds_what_is_there(budget, fixed, kept, share, working, layers, longest, asked):
+    cost = Cost(fixed, kept, share * kept / layers, working, layers)
+    plan = fit(budget, cost, longest, asked)
+    if plan is None:
+        assert least(cost, longest) > budget
+        return
+    assert plan.bytes <= budget
+    assert longest <= plan.tokens <= max(asked, longest)
+    assert 0 <= plan.layers <= layers
+    assert plan.bytes == cost.peak(plan.tokens, plan.layers)
+    more = fit(2 * budget, cost, longest, asked)
+    assert more is not None
+    assert 30 / more.tokens + more.layers / layers / 3 <= 30 / plan.tokens + plan.layers / layers / 3 + 1e-12
+
+
+@pytest.mark.parametrize(("text", "expected"), [("2GB", 2 * 10**9), ("1.4 gb", 1.4e9), ("900MiB", 900 * 2**20)])
+def test_amounts(text, expected):
+    assert in_bytes(text) == expected
+
+
+@pytest.mark.parametrize("text", ["", "2", "GB", "-1GB", "0MB", "nanGB", "infGB", "2 elephants", "1e999GB"])
+def test_no_amounts(text):
+    with pytest.raises(ValueError, match="amount of memory"):
+        in_bytes(text)
