@@ -2,6 +2,7 @@
 # make test      lint, types and the fast tests
 # make test-all  the slow tests too
 # make lint      ruff and mypy alone
+# make bench     trivium beside other tools (benchmarks/bench.py says how long); needs the network the first time
 # make clean     caches and build results; the environment stays
 #
 # Needs Python >= 3.10 with venv and pip; everything else goes into .venv.
@@ -11,7 +12,7 @@ BIN := .venv/bin
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile
 INSTALL := $(BIN)/python -m pip install --quiet --constraint constraints.txt
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint bench clean
 
 demo: .venv/installed-run
 	$(BIN)/trivium demo
@@ -26,6 +27,9 @@ lint: .venv/installed-test
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
 	$(BIN)/mypy
+
+bench: .venv/installed-test
+	$(BIN)/python benchmarks/bench.py $(BENCH)
 
 # Each stamp is the last thing its rule makes, so an interrupted install is begun again; making an environment
 # that is already there mends it. What the tests need holds what running needs.

@@ -24,44 +24,25 @@ its error.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from rows import pairs_of
+from shared import NEVER, SEED, WARMUP, Failed, digest, in_turns, run_alone
+
 LOSSES = "dpo,ipo,kto,orpo,simpo,reward"
-WARMUP, SEED = 0.1, 0
-NEVER = 10**9  # steps between checkpoints, and between evaluations beside those before and after
 TRIVIUM = "from trivium.cli.main import main; main()"
 WAYS = {"TRL": False, "TRL tuned": True}
 
 
 # --- the rows, for both
-
-
-def pairs_of(source: str) -> Iterator[dict[str, Any]]:
-    """Rows with a prompt and one plain answer on either side, in the form that TRL calls conversational."""
-    from trivium.data.formats import RowError, parse
-    from trivium.data.rows import good_rows
-
-    for row in good_rows([Path(source)]):
-        try:
-            parsed: Any = parse(row, "pair")
-            answers = [answer for answer, _ in parsed.answers_by_score()]
-        except RowError:
-            continue
-        pair = dict(zip(("prompt", "chosen", "rejected"), (parsed.prompt, *answers), strict=True))
-        plain = all(set(m) == {"role", "content"} for messages in pair.values() for m in messages)
-        if plain and not parsed.tools and all(len(answer) == 1 for answer in answers):
-            yield pair
 
 
 def encoded(template: Any, pair: dict[str, Any]) -> list[tuple[list[int], list[int]]]:
@@ -78,7 +59,7 @@ def counted(rows: list[list[tuple[list[int], list[int]]]]) -> dict[str, Any]:
     return {
         "answer_tokens": sum(len(answer) for _, answer in sides),
         "tokens": sum(len(prompt) + len(answer) for prompt, answer in sides),
-        "sha256": hashlib.sha256(json.dumps(sides).encode()).hexdigest(),
+        "sha256": digest(sides),
     }
 
 
@@ -95,6 +76,7 @@ def ending_at_the_stop(template: Any) -> str:
 def write_rows(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     """Both files and TRL's template; what they hold, in trivium's tokens."""
     from trivium.data.formats import RowError
+    from trivium.data.rows import good_rows
     from trivium.data.templates import chat_template
     from trivium.folder import reading_of
 
@@ -104,7 +86,7 @@ def write_rows(asked: argparse.Namespace, folder: Path) -> dict[str, Any]:
     rows: list[str] = []
     tokens: list[list[tuple[list[int], list[int]]]] = []
     seen: set[str] = set()
-    for pair in pairs_of(asked.data):
+    for pair in pairs_of(good_rows([Path(asked.data)])):
         if len(rows) == asked.rows + asked.held_out:
             break
         try:
@@ -140,7 +122,8 @@ def ours(asked: argparse.Namespace, folder: Path, loss: str) -> dict[str, Any]:
     recipe = {"name": "preference", "model": asked.model, "seed": SEED, "prompts": [], "stages": [stage]}
     (folder / "recipe.yaml").write_text(json.dumps(recipe), encoding="utf-8")
     out = Path(tempfile.mkdtemp(dir=folder))
-    run_alone([sys.executable, "-c", TRIVIUM, "run", str(folder / "recipe.yaml"), "--out", str(out)], asked, folder)
+    run_alone([sys.executable, "-c", TRIVIUM, "run", str(folder / "recipe.yaml"), "--out", str(out)],
+              asked.threads, folder / "cache")  # fmt: skip
     told = json.loads((out / "summary.json").read_text(encoding="utf-8"))["stages"][0]
     metrics = told["metrics"]
     return {
@@ -263,28 +246,12 @@ def theirs(asked: argparse.Namespace, folder: Path, loss: str, tuned: bool) -> d
 # --- one after the other
 
 
-class Failed(Exception):
-    """What a process said last."""
-
-
-def run_alone(command: list[str], asked: argparse.Namespace, folder: Path) -> str:
-    """What a process prints; its caches are of this benchmark alone. Raises Failed."""
-    own = {name: str(folder / "cache") for name in ("TRIVIUM_CACHE", "HF_DATASETS_CACHE")}
-    own |= {name: str(asked.threads) for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
-    done = subprocess.run(command, env=os.environ | own, capture_output=True, text=True, check=False)
-    if done.returncode:
-        said = [line.strip() for line in done.stderr.splitlines() if line.strip()] or [f"exit code {done.returncode}"]
-        errors = [" ".join(said[n : n + 2]) for n, line in enumerate(said) if line.startswith("error:")]
-        raise Failed((errors or said)[-1])
-    return done.stdout
-
-
 def in_process(asked: argparse.Namespace, folder: Path, loss: str, way: str) -> dict[str, Any]:
     command = [sys.executable, __file__, asked.model, str(folder), "--losses", loss, "--side", way]
     for name in ("lr", "batch_size", "epochs", "max_length"):
         if (value := getattr(asked, name)) is not None:
             command.append(f"--{name.replace('_', '-')}={value}")
-    return dict(json.loads(run_alone(command, asked, folder).splitlines()[-1]))
+    return dict(json.loads(run_alone(command, asked.threads, folder / "cache").printed.splitlines()[-1]))
 
 
 def measured(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -294,7 +261,7 @@ def measured(asked: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     if asked.against == "trl":
         wanted += [(way, loss) for loss in losses if loss in TRAINERS for way in WAYS]
     found: dict[tuple[str, str], list[dict[str, Any]]] = {one: [] for one in wanted}
-    for tool, loss in [one for n in range(asked.runs) for one in wanted[:: (-1) ** n]]:
+    for _, (tool, loss) in in_turns(wanted, asked.runs):
         started = time.perf_counter()
         try:
             one = ours(asked, folder, loss) if tool == "trivium" else in_process(asked, folder, loss, tool)
