@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from trivium.data.chat import ChatTemplate
-from trivium.data.loader import Batching, RunOrder, pack
+from trivium.data.loader import Batching, RunOrder, pack_shared
 from trivium.data.overlap import overlap
 from trivium.data.prepare import Prepared, prepare
 from trivium.data.rows import Listed, Mix
@@ -107,9 +107,10 @@ def run_order(stage: Stage, data: Prepared) -> RunOrder:
 
 
 def packed(examples: Sequence[Example], tokens: int, device: object) -> Iterator[Forest]:
-    """Examples packed for gradient-free passes of at most ``tokens`` tokens."""
+    """Examples packed for passes of at most ``tokens`` tokens, which what they have in common takes once."""
     sizes = examples.sizes if isinstance(examples, Examples) else [e.tokens for e in examples]
-    yield from (lay_out([examples[i] for i in g]).to(str(device)) for g in pack(range(len(examples)), sizes, tokens))
+    rows = list(examples)
+    yield from (lay_out([rows[i] for i in g]).to(str(device)) for g in pack_shared(rows, sizes, tokens))
 
 
 def beside(goal: Objective, examples: Sequence[Example], tokens: int, device: object) -> Iterator[Forest]:

@@ -17,13 +17,13 @@ from trivium.data.templates import chat_template
 from trivium.files import folder_bytes, write_by, write_text
 from trivium.folder import attach, round_to, save
 from trivium.model.language_model import LanguageModel
-from trivium.model.proof import prove
 from trivium.model.quantized import quantized
 from trivium.objectives import objective
 from trivium.peft import base as deltas
 from trivium.peft.kinds import FullSettings, Settings, virtual_tokens
 from trivium.peft.settings import method_name, settings_of
 from trivium.peft.targets import decoder_layers
+from trivium.proven import proven
 from trivium.stage_data import packed, run_order, stage_examples
 from trivium.stage_proof import probe, prove_start, recomputes, within_memory
 from trivium.stage_reference import elsewhere, reference_of
@@ -73,8 +73,9 @@ def _prepared(run: StageRun) -> Work:
     settings, parent = _attach(run)
     order = run_order(stage, data)
     used = data.examples.at(order.used())
-    proof = prove(model, probe(used))
-    say(f"  {proof.line()}")
+    weights = [run.under_way.about["parent"], asdict(settings), stage.seed] if run.under_way else None
+    proof, before = proven(model, probe(used), weights)
+    say(f"  {proof.line()}" + ("; proved before" if before else ""))
     with model.laid_out(proof.layout):
         run.stage = within_memory(stage, model, used)
     order = run_order(run.stage, data)

@@ -20,13 +20,13 @@ from trivium.errors import Interrupted, NonFiniteError, UserError
 from trivium.evaluate.held_out import evaluate
 from trivium.evaluate.judge import ALONG_THE_WAY, shares
 from trivium.files import make_folder
-from trivium.forest import Forest, lay_out
+from trivium.forest import Forest
 from trivium.interrupt import Stop, Stopped, deferred
 from trivium.model.language_model import LanguageModel
 from trivium.peft import base as deltas
 from trivium.peft.targets import decoder_layers
 from trivium.recipe import Stage
-from trivium.stage_data import beside
+from trivium.stage_data import beside, packed
 from trivium.stage_saving import LOG, Saving
 from trivium.stage_work import StageRun, Work
 from trivium.talk import Talker
@@ -98,7 +98,7 @@ class Training:
             objective=work.goal,
             logprob=model.logprob,
             reference=self.reference,
-            batches=lambda n: (lay_out([examples[i] for i in g]).to(model.device) for g in work.order[n]),
+            batches=lambda n: packed(examples.at(work.order.chosen(n)), tokens, model.device),
             beside=lambda n: beside(work.goal, [examples[i] for i in work.order.chosen(n)], tokens, model.device),
             steps=self.steps,
             rate=lambda n: factor(n, self.steps, str(stage.schedule), stage.warmup_ratio or 0.0),

@@ -15,6 +15,7 @@ from itertools import count as count_from
 import numpy as np
 
 from trivium.errors import DataError
+from trivium.forest import MIN_SHARED, Example, common_prefix
 
 
 @dataclass(frozen=True)
@@ -151,3 +152,30 @@ def pack(chosen: Sequence[int], sizes: Sequence[int] | np.ndarray, limit: int) -
             batches.append([index])
             room.append(limit - sizes[index])
     return batches
+
+
+def pack_shared(rows: Sequence[Example], sizes: Sequence[int] | np.ndarray, limit: int) -> list[list[int]]:
+    """`pack`, where what ``rows`` begin with in common takes its place once: numbers of rows, by micro-batch.
+
+    Rows that share nothing are packed as by their sizes alone. Cost: a sort of the rows by their first tokens.
+    """
+    plain = pack(range(len(rows)), sizes, limit)
+    if len(plain) == 1:
+        return plain
+    first = [row.sequences[0].inputs for row in rows]
+    items: list[list[int]] = []
+    taken: list[int] = []
+    before: np.ndarray | None = None
+    for n in sorted(range(len(rows)), key=lambda n: first[n].astype(">u4").tobytes()):
+        shared = 0 if before is None else common_prefix(before, first[n])
+        same = before is not None and rows[items[-1][-1]].adapter == rows[n].adapter
+        if same and shared >= MIN_SHARED and taken[-1] + sizes[n] - shared <= limit:
+            items[-1].append(n)
+            taken[-1] += int(sizes[n]) - shared
+        else:
+            items.append([n])
+            taken.append(int(sizes[n]))
+        before = first[n]
+    if len(items) == len(rows):
+        return plain
+    return [[n for item in group for n in items[item]] for group in pack(range(len(items)), taken, limit)]
