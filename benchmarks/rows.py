@@ -225,9 +225,8 @@ def prepare(job: Job, model: str, rows: int | None, folder: Path) -> Prepared:
 
 def planned(job: Job, recipe: dict[str, Any], reader: Reader, folder: Path) -> Prepared:
     """What trivium will make of a recipe: its examples in its order."""
-    from trivium.forest import lay_out
     from trivium.recipe import Recipe
-    from trivium.stage_data import run_order, stage_examples
+    from trivium.stage_data import packed, run_order, stage_examples
     from trivium.stages import resolve
     from trivium.train.schedule import factor
 
@@ -239,7 +238,7 @@ def planned(job: Job, recipe: dict[str, Any], reader: Reader, folder: Path) -> P
     steps, passes = [], []
     for number in range(len(order)):
         steps.append([row for i in order.chosen(number) for row in rows_of(data.examples[i], job)])
-        forests = (lay_out([data.examples[i] for i in group]) for group in order[number])
+        forests = packed(data.examples.at(order.chosen(number)), int(stage.micro_batch_tokens or 1), "cpu")
         passes.append([(len(f.tokens), len(f.source)) for f in forests])
     rates = [factor(n, len(order), "linear", WARMUP) for n in range(len(order))]
     config = json.loads((Path(recipe["model"]) / "config.json").read_text())

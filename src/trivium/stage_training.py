@@ -36,7 +36,7 @@ from trivium.train.dropout import dropout_off, set_dropout
 from trivium.train.guard import Guard
 from trivium.train.log import TrainingLog, read_log
 from trivium.train.loop import StepLog, Task, train
-from trivium.train.machine import PeakMemory
+from trivium.train.machine import PeakMemory, give_back
 from trivium.train.optimizer import build_optimizers
 from trivium.train.reference import NoReference
 from trivium.train.schedule import factor
@@ -96,7 +96,7 @@ class Training:
         examples, tokens = work.data.examples, int(stage.micro_batch_tokens or 1)
         return Task(
             objective=work.goal,
-            logprob=model.logprob,
+            logprob=model.logprob if stage.memory is None else self._lean,
             reference=self.reference,
             batches=lambda n: packed(examples.at(work.order.chosen(n)), tokens, model.device),
             beside=lambda n: beside(work.goal, [examples[i] for i in work.order.chosen(n)], tokens, model.device),
@@ -115,6 +115,12 @@ class Training:
         from trivium.train.profile import profiled
 
         return profiled(file, self.stage.name, self.model, task, self._after_step, self.done, self.log.paused)
+
+    def _lean(self, forest: Forest) -> torch.Tensor:
+        """The model's log-probabilities, when what the pass before has freed is given back."""
+        if forest.tokens.device.type == "cpu":
+            give_back()
+        return self.model.logprob(forest)
 
     def _after_step(self, step: StepLog) -> None:
         costs = self.run.costs

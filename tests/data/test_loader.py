@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trivium.data.loader import Batching, RunOrder, apportioned, pack, permutation
+from trivium.data.loader import Batching, RunOrder, apportioned, pack, pack_shared, permutation
 from trivium.errors import DataError
+from trivium.forest import Example, TokenSequence, lay_out
 
 SIZES = st.lists(st.integers(0, 50), min_size=1, max_size=40)
 
@@ -178,3 +180,34 @@ def test_apportioned_shares_sum_up(weights, count):
     shares = apportioned(weights, count)
     assert sum(shares) == count
     assert all(abs(s - w / sum(weights) * count) < 1 for s, w in zip(shares, weights, strict=True))
+
+
+def rows_of(*tokens: list[int]) -> list[Example]:
+    made = [np.array(t) for t in tokens]
+    return [Example((TokenSequence(t, np.r_[np.zeros(len(t) - 1), 1].astype(np.float32)),)) for t in made]
+
+
+def test_what_rows_have_in_common_takes_its_place_once():
+    system = list(range(40))
+    rows = rows_of(*([*system, 50 + n, 60, 70, 80] for n in range(6)), list(range(90, 120)))
+    sizes = [row.tokens for row in rows]
+    assert len(pack(range(7), sizes, 100)) == 4, "by their sizes alone"
+    groups = pack_shared(rows, sizes, 100)
+    assert sorted(map(sorted, groups)) == [[0, 1, 2, 3, 4, 5, 6]], "40 and six times 3, and 29"
+    small = pack_shared(rows, sizes, 50)
+    assert sorted(n for group in small for n in group) == list(range(7))
+    assert all(len(lay_out([rows[n] for n in group]).tokens) <= 50 for group in small)
+
+
+@given(
+    rows=st.lists(st.tuples(st.integers(0, 2), st.integers(0, 30), st.integers(2, 30)), min_size=1, max_size=12),
+    limit=st.integers(1, 120),
+)
+def test_packing_by_what_is_shared_keeps_every_row_and_the_limit(rows, limit):
+    made = rows_of(*([*range(100 * trunk, 100 * trunk + cut), *range(1000 + 50 * n, 1000 + 50 * n + own)]
+                     for n, (trunk, cut, own) in enumerate(rows)))  # fmt: skip
+    sizes = [row.tokens for row in made]
+    groups = pack_shared(made, sizes, limit)
+    assert sorted(n for group in groups for n in group) == list(range(len(made)))
+    for group in groups:
+        assert len(group) == 1 or len(lay_out([made[n] for n in group]).tokens) <= limit

@@ -142,7 +142,7 @@ def run(goal_name: str, method: str, setting: Setting, steps: int = STEPS) -> Ou
             max_grad_norm=1.0,
         )
         counted[0] = 0
-        with recomputed(list(decoder_layers(hf).values()), setting.recompute):
+        with recomputed(list(decoder_layers(hf).values()) if setting.recompute else []):
             train(task, logs.append)
     return Outcome(
         losses=np.array([log.loss for log in logs]),

@@ -64,7 +64,7 @@ def changed(model, scale: float = 0.1) -> None:
 def under(model, layout: str, forest, again: bool = False):
     """(log-probabilities, gradients of a mixture) of a forest in one layout."""
     layers = list(decoder_layers(model.hf).values())
-    with model.laid_out(layout), recompute.recomputed(layers, again, model.adapters):
+    with model.laid_out(layout), recompute.recomputed(layers if again else [], model.adapters):
         found = model.logprob(forest)
         model.hf.zero_grad()
         (torch.cos(torch.arange(len(found))) * found).sum().backward()
@@ -146,7 +146,7 @@ def test_trees_train_their_own_adapters_in_one_pass(many, again):
             alone[name] = under(model, "forest", lay_out(examples(seed=3)))[1]
     both = lay_out([replace(e, adapter=name) for name in ("a", "b") for e in examples(seed=3)])
     layers = list(decoder_layers(model.hf).values())
-    with model.laid_out("forest"), recompute.recomputed(layers, again, model.adapters):
+    with model.laid_out("forest"), recompute.recomputed(layers if again else [], model.adapters):
         model.hf.zero_grad()
         for part in model.logprob(both).split(len(lay_out(examples(seed=3)).source)):
             (torch.cos(torch.arange(len(part))) * part).sum().backward(retain_graph=True)

@@ -49,7 +49,8 @@ class PeakMemory:
 
             torch.cuda.reset_peak_memory_stats(device)
         elif sys.platform == "linux":
-            _give_back()
+            gc.collect()  # what an earlier stage has left is not counted as this one's
+            give_back()
             with contextlib.suppress(OSError):  # 5 resets the resident peak: man 5 proc, clear_refs
                 Path("/proc/self/clear_refs").write_text("5")
 
@@ -68,9 +69,8 @@ class PeakMemory:
         return peak if sys.platform == "darwin" else peak * 1024
 
 
-def _give_back() -> None:
-    """What an earlier stage freed goes back to the system, so that it is not counted as this one's."""
-    gc.collect()
+def give_back() -> None:
+    """What was freed goes back to the system: between passes of unlike sizes it lies about in pieces."""
     with contextlib.suppress(OSError, AttributeError):  # another C library than glibc
         ctypes.CDLL(None).malloc_trim(0)
 
