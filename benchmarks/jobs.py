@@ -15,7 +15,8 @@ Trained = Literal["full", "lora", "qlora", "bottleneck"]
 LORA = {"name": "lora", "r": 16, "alpha": 32}
 QLORA = {"name": "qlora", "r": 16, "alpha": 32}
 BOTTLENECK = {"name": "pfeiffer", "reduction_factor": 16}
-LEAN: dict[str, Any] = {"recompute": "layers"}  # recipe keys that make trivium spend less memory
+LEAN: dict[str, Any] = {"memory": "1.4GB"}  # what trivium is told to keep to
+LEAN_PAIRS: dict[str, Any] = {"memory": "1.8GB"}
 SMALL = {  # 5.4 million parameters, for pretraining; its vocabulary is learnt from the text
     "architecture": "llama", "vocab_size": 4096, "hidden_size": 256, "num_hidden_layers": 6, "num_attention_heads": 8,
     "num_key_value_heads": 4, "intermediate_size": 688, "max_position_embeddings": 512, "tie_word_embeddings": True,
@@ -74,7 +75,7 @@ def _lora(**more: Any) -> dict[str, Any]:
 
 
 HH, SHORT, LONG, SYSTEM, BOOKS = "hh", "short hh", "long prompts", "shared system", "books"
-TOGETHER = {"micro_batch_tokens": 8192}  # a whole step in a pass: what its rows share is shared within a pass
+TOGETHER = {"micro_batch_tokens": 2048}  # a whole step in a pass: what its rows share is shared within a pass
 SCORED = {"scored": "all"}  # of answers scored 1 0 0 0: the best against each other one
 
 JOBS = (
@@ -93,7 +94,7 @@ JOBS = (
         {"trl": ("padded", "single", "single lean")}, "≥ 3.5× faster", stage=TOGETHER),
     Job("dpo-lora", "dpo", HH, 32, 8, "lora", {"trivium": _lora()}, {"trl": DPO},
         "≥ 3.3× faster, ≥ 80% of the limit", rate=1e-4),
-    Job("dpo-lora-lean", "dpo", HH, 32, 8, "lora", {"trivium lean": _lora(**LEAN), "trivium": _lora()},
+    Job("dpo-lora-lean", "dpo", HH, 32, 8, "lora", {"trivium lean": _lora(**LEAN_PAIRS), "trivium": _lora()},
         {"trl": ("single kept", "single kept lean")}, "≤ 1.8 GB at ≥ 2.5× faster", rate=1e-4),
     Job("dpo-long-prompt", "dpo", LONG, 8, 2, "lora", {"trivium": _lora()},
         {"trl": ("single", "single kept", "single kept lean")}, "≥ 8× faster", rate=1e-4, stage=SCORED),
