@@ -92,7 +92,7 @@ def test_rows_are_the_same_whatever_their_order_and_others_are_not() -> None:
     ready = rows.Prepared(Path(), "m", [[a], [b]], [[(2, 2)], [(1, 1)]], [1.0, 0.5], "", {})
     bench.check_tokens(results.Entrant("trl", "single"), {"sha256": bench.rows_digest([[b], [a]])}, ready)
     bench.check_tokens(results.Entrant("trivium"), {"counts": [[2, 2], [1, 1]]}, ready)
-    for told in ({"sha256": bench.rows_digest([[a]])}, {"counts": [[2, 2], [2, 1]]}):
+    for told in ({"sha256": bench.rows_digest([[a]])}, {"counts": [[2, 2], [1, 2]]}):
         with pytest.raises(shared.Failed, match="other tokens"):
             bench.check_tokens(results.Entrant("trl", "single"), told, ready)
 

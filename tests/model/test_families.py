@@ -337,3 +337,16 @@ def test_a_window_shorter_than_the_longest_row_is_not_missed(examples, monkeypat
     short = [Example((s,)) for e in examples for s in e.sequences if len(s.inputs) <= WINDOW]
     assert prove(mine, short).layout == "forest"
     assert prove(mine, examples).layout == "rows"
+
+
+def test_the_proof_of_long_rows_is_short(examples):
+    """Gradients are compared on pieces of long rows, with what their sequences share and something trained in each."""
+    prompt, rng = np.arange(900) % VOCABULARY, np.random.default_rng(0)
+    answers = [rng.integers(0, VOCABULARY, 500) for _ in range(3)]
+    weights = np.r_[np.zeros(900), np.ones(500)].astype(np.float32)
+    long = Example(tuple(TokenSequence(np.r_[prompt, a], weights) for a in answers))
+    (cut,) = proof_module._short([long])
+    assert [len(s.tokens) for s in cut.sequences] == [proof_module.GRADIENT_TOKENS] * 3
+    assert all(s.trained_tokens > 100 for s in cut.sequences)
+    assert cut.tokens < 3 * proof_module.GRADIENT_TOKENS - 200, "the prompt's end is shared"
+    assert proof_module._short(examples)[0].tokens == min(e.tokens for e in examples), "what is short stays whole"
