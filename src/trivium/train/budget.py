@@ -54,7 +54,9 @@ def fit(budget: float, cost: Cost, longest: int, asked: int) -> Plan | None:
     A row is never cut: a pass holds the ``longest`` at least.
     """
     best: tuple[float, Plan] | None = None
-    for tokens in sorted({max(n, longest) for n in (asked, *PASSES) if n <= max(asked, longest)}, reverse=True):
+    for tokens in sorted(
+        {max(n, longest) for n in (asked, *PASSES, longest) if n <= max(asked, longest)}, reverse=True
+    ):
         for recomputed in range(cost.layers + 1):
             peak = cost.peak(tokens, recomputed)
             if peak <= budget:
