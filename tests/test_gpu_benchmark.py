@@ -76,7 +76,7 @@ def test_rows_fill_the_line_and_are_the_same_for_both_tools(bench):
 def test_the_arithmetic_is_what_a_step_computes(bench):
     """The matrix products of a pass as they are recorded; attention is left out on both sides."""
     from trivium.forest import lay_out
-    from trivium.train.profile_shares import STEP, events_of, shares_of
+    from trivium.profile_shares import STEP, events_of, shares_of
 
     model = gpu_parts.with_lora(gpu_parts.made(bench, "8B", "float32"), "float32")
     forest = lay_out(gpu_parts.examples_of(bench, "sft", 0, 0))

@@ -44,7 +44,7 @@ def test_a_frozen_layer_below_the_lowest_costs_its_forward_alone() -> None:
 def test_the_arithmetic_is_what_a_step_computes(name: str) -> None:
     """The products as they are recorded; attention is left out on both sides."""
     from trivium.forest import lay_out
-    from trivium.train.profile_shares import STEP, events_of, shares_of
+    from trivium.profile_shares import STEP, events_of, shares_of
 
     curve = growth.CURVES[name]
     point = curve.point(growth.QUICK, curve.quick[0] + 1)

@@ -69,6 +69,18 @@ def watched(kind: type) -> type:
     return Watched
 
 
+def carried_out(kind: type, model: Any, told: dict[str, Any]) -> None:
+    """Train by a Trainer of this kind on its padded batches, and print what it gave."""
+    from transformers import TrainingArguments
+
+    rows = rows_of(told)
+    trainer = watched(kind)(
+        model=model, args=TrainingArguments(**arguments(told)), train_dataset=rows,
+        data_collator=lambda batch: padded(batch, 0),
+    )  # fmt: skip
+    print(json.dumps(trained(trainer, told, rows)))
+
+
 def clock_of() -> Any:
     from transformers import TrainerCallback
 

@@ -51,7 +51,7 @@ def run_recipe(
     ``judge`` looks at answers along the way, and at the end of each stage (`evaluate.judge`). A stage that was
     interrupted goes on where it was, also with other rows where ``accept_changed_data`` says so. ``fresh`` starts over
     and keeps the old folder aside. ``profile`` tells where the time of a few steps of each stage goes
-    (`train.profile`). Raises BusyError where another run is at work in ``out``.
+    (`stage_profile`). Raises BusyError where another run is at work in ``out``.
     """
     stages = _up_to(recipe, until)
     for stage in stages:  # first what needs no library that takes seconds to import

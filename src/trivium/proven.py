@@ -9,7 +9,6 @@ Where a run is made again, or goes on, nothing of it can come out otherwise: the
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
@@ -20,7 +19,7 @@ import torch
 
 import trivium
 from trivium.data.cache import cache_folder, let_go, read_today
-from trivium.files import MANIFEST, damage, sha256_json, whole_folder, write_json
+from trivium.files import MANIFEST, damage, read_json, sha256_json, whole_folder, write_json
 from trivium.forest import Example
 from trivium.model.language_model import LanguageModel
 from trivium.model.proof import Proof, prove
@@ -40,7 +39,7 @@ def proven(model: LanguageModel, rows: list[Example], weights: Sequence[Any] | N
     about = {"of": key}
     if (folder / MANIFEST).exists() and damage(folder, about) is None:
         read_today(folder)
-        told = json.loads((folder / FILE).read_text(encoding="utf-8"))
+        told = read_json(folder / FILE)
         return Proof(**{**told, "refused": tuple(told["refused"])}), True
     proof = prove(model, rows)
     if not folder.exists():

@@ -260,6 +260,11 @@ class Stage(Strict):
                 raise ValueError("memory and recompute contradict each other: memory says how many layers")
 
     @property
+    def full(self) -> bool:
+        """Whether it trains every weight."""
+        return self.method is None or self.method["name"] == "full"
+
+    @property
     def paths(self) -> Any:
         """Where its rows come from, as short as it can be written."""
         return _as_written(self.data)
@@ -307,7 +312,6 @@ class Stage(Strict):
             raise ValueError("eval_data: every row is looked at once, so that its sources have no weight")
         if self.result == "best" and self.eval_data == 0:
             raise ValueError("result: without held-out rows (eval_data) none is the best")
-        full = self.method is None or self.method["name"] == "full"
-        if self.optimizer == "muon" and not full:
+        if self.optimizer == "muon" and not self.full:
             raise ValueError("optimizer: muon is for full training; use adamw with an adapter")
         return self

@@ -21,6 +21,7 @@ from trivium.stages import STAGES, rows_of
 from trivium.terminal import say
 
 LEAST_BALANCE, MOST_BALANCE = 0.75, 1.5  # of good answers against bad ones, in KTO; a little outside says nothing
+BLOCK = 1024  # rows that are read and packed at a time
 HELD_OUT_MOST = 200  # rows taken off the data for evaluation, at most
 
 
@@ -107,10 +108,15 @@ def run_order(stage: Stage, data: Prepared) -> RunOrder:
 
 
 def packed(examples: Sequence[Example], tokens: int, device: object) -> Iterator[Forest]:
-    """Examples packed for passes of at most ``tokens`` tokens, which what they have in common takes once."""
-    sizes = examples.sizes if isinstance(examples, Examples) else [e.tokens for e in examples]
-    rows = list(examples)
-    yield from (lay_out([rows[i] for i in g]).to(str(device)) for g in pack_shared(rows, sizes, tokens))
+    """Examples packed for passes of at most ``tokens`` tokens, in which what they have in common takes its place once.
+
+    Rows are read `BLOCK` at a time, and those of a block are packed together: a data set need not fit in memory.
+    """
+    for start in range(0, len(examples), BLOCK):
+        some = examples[start : start + BLOCK]
+        sizes = some.sizes if isinstance(some, Examples) else [e.tokens for e in some]
+        rows = list(some)
+        yield from (lay_out([rows[i] for i in g]).to(str(device)) for g in pack_shared(rows, sizes, tokens))
 
 
 def beside(goal: Objective, examples: Sequence[Example], tokens: int, device: object) -> Iterator[Forest]:

@@ -100,15 +100,11 @@ def within_memory(stage: Stage, model: LanguageModel, examples: Examples) -> Sta
         raise RecipeError(
             f"stages.{stage.name}.memory: {stage.memory} is too little: the longest row, of {longest:,} tokens, takes "
             f"{least} with all layers recomputed",
-            f"give at least {least}, or a smaller max_length" + (", or an adapter" if full(stage) else ""),
+            f"give at least {least}, or a smaller max_length" + (", or an adapter" if stage.full else ""),
         )
     told = f"{plan.layers} of {cost.layers} layers recomputed" if plan.layers else "no layer recomputed"
     say(f"  memory: {plan.tokens:,} tokens a pass, {told}: {size(plan.bytes)} of {stage.memory} at the peak")
     return stage.model_copy(update={"micro_batch_tokens": plan.tokens, "recompute": plan.layers})
-
-
-def full(stage: Stage) -> bool:
-    return stage.method is None or stage.method["name"] == "full"
 
 
 def cost_of(model: LanguageModel, kept: float) -> budget.Cost:
@@ -116,9 +112,8 @@ def cost_of(model: LanguageModel, kept: float) -> budget.Cost:
     held = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes()
             for t in (*model.hf.parameters(), *model.hf.buffers())}  # fmt: skip
     trained = sum(p.numel() for p in model.hf.parameters() if p.requires_grad)
-    config = model.config
-    width = int(config.hidden_size)
-    inner = int(getattr(config, "intermediate_size", None) or 4 * width)
+    width = model.hf.get_input_embeddings().weight.shape[-1]
+    inner = int(getattr(model.config, "intermediate_size", None) or 4 * width)
     bytes_each = torch.finfo(model.dtype).bits // 8
     return budget.Cost(
         # a trained weight has its gradient and two moments, all in float32

@@ -68,8 +68,7 @@ def _prepared(run: StageRun) -> Work:
     stage, model = run.stage, run.model
     template = chat_template(model.tokenizer, stage.date)
     data, held_out = stage_examples(stage, model, template, run.data, _context(run))
-    peft = stage.method is not None and stage.method["name"] != "full"
-    base = run.adapter_base() if peft and run.adapter_base else None
+    base = run.adapter_base() if run.adapter_base and not stage.full else None
     settings, parent = _attach(run)
     order = run_order(stage, data)
     used = data.examples.at(order.used())

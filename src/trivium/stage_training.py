@@ -112,7 +112,7 @@ class Training:
         task, file = self._task(), self.run.profile
         if file is None:
             return contextlib.nullcontext((task, self._after_step))
-        from trivium.train.profile import profiled
+        from trivium.stage_profile import profiled
 
         return profiled(file, self.stage.name, self.model, task, self._after_step, self.done, self.log.paused)
 

@@ -211,3 +211,23 @@ def test_packing_by_what_is_shared_keeps_every_row_and_the_limit(rows, limit):
     assert sorted(n for group in groups for n in group) == list(range(len(made)))
     for group in groups:
         assert len(group) == 1 or len(lay_out([made[n] for n in group]).tokens) <= limit
+
+
+def test_what_is_packed_is_read_a_block_at_a_time(monkeypatch):
+    """A data set need not fit in memory for the passes over all of it."""
+    from trivium import stage_data
+
+    read: list[int] = []
+
+    class Rows(list):
+        def __getitem__(self, index):
+            if isinstance(index, slice):
+                read.extend(range(*index.indices(len(self))))
+            return super().__getitem__(index)
+
+    monkeypatch.setattr(stage_data, "BLOCK", 4)
+    made = Rows(rows_of(*([n, n + 1, n + 2] for n in range(10))))
+    passes = stage_data.packed(made, 100, "cpu")
+    assert len(next(passes).examples) == 4
+    assert read == [0, 1, 2, 3]
+    assert sum(len(forest.examples) for forest in passes) == 6

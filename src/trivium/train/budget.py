@@ -3,7 +3,7 @@
     plan = fit(budget, cost, longest=812, asked=1024)        # Plan(tokens=512, layers=11, bytes=...)
 
 Both only arrange the work: the result is the same. Which of the two is cheaper is known from their costs: a pass
-reads all weights once and has its own overhead, which is as much as some 30 tokens' work (`docs/performance.md`); a
+reads all weights and has its own overhead, which is as much as some tens of tokens' work (`docs/performance.md`); a
 layer that is recomputed runs forward once more, a third of what it costs in all.
 
 All is computed from sizes, nothing from what the machine has at the moment, so that a run that goes on chooses as it
@@ -17,7 +17,7 @@ from dataclasses import dataclass
 # What a process has loaded on the CPU (Python, PyTorch, tokenizers), what the products' library keeps, a checkpoint.
 RUNTIME = 560 * 10**6
 PIECES = 1.25  # memory of passes of unlike sizes lies in pieces, which the allocator cannot all use
-OVERHEAD_TOKENS = 30
+OVERHEAD_TOKENS = 50  # by passes of 512 tokens beside those of 1,024
 PASSES = (4096, 2048, 1536, 1024, 768, 512, 384, 256, 128)  # tokens, of which the smallest that is needed is tried last
 SUFFIXES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30, "b": 1}
 

@@ -138,9 +138,8 @@ def _offset(key: _Key, eps: float) -> float | None:
 def _activation(key: _Key) -> gated.Activation | None:
     """The activation with which this class is a gated MLP, or None."""
     act = {n: m for n, m in key.module._modules.items() if n not in ("gate_proj", "up_proj", "down_proj")}
-    torch_state = torch.random.get_rng_state()
-    linear = {n: nn.Linear(a, b) for n, a, b in (("gate_proj", 6, 9), ("up_proj", 6, 9), ("down_proj", 9, 6))}
-    torch.random.set_rng_state(torch_state)
+    with torch.random.fork_rng(devices=[]):
+        linear = {n: nn.Linear(a, b) for n, a, b in (("gate_proj", 6, 9), ("up_proj", 6, 9), ("down_proj", 9, 6))}
     for n, module in enumerate(linear.values()):
         module.weight.data = _random(*module.weight.shape).roll(n)
     x = _random(3, 6)

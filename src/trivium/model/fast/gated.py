@@ -72,10 +72,10 @@ def gated_mlp(module: Any, x: Tensor, activation: Activation) -> Tensor:
     if _as_it_is or not torch.is_grad_enabled() or not inner.requires_grad:
         out: Tensor = module.down_proj(inner)
         return out
-    at, kept = inner.data_ptr(), (gate.detach(), up.detach())
+    at, size, kept = inner.data_ptr(), inner.numel(), (gate.detach(), up.detach())
 
     def pack(tensor: Tensor) -> Any:
-        own = tensor.data_ptr() == at and tensor.numel() == inner_size and tensor.is_contiguous()
+        own = tensor.data_ptr() == at and tensor.numel() == size and tensor.is_contiguous()
         return (kept, tensor.shape) if own else tensor
 
     def unpack(packed: Any) -> Tensor:
@@ -84,7 +84,6 @@ def gated_mlp(module: Any, x: Tensor, activation: Activation) -> Tensor:
         (gate, up), shape = packed
         return activation.forward(gate).mul_(up).view(shape)
 
-    inner_size = inner.numel()
     with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         out = module.down_proj(inner)
     return out

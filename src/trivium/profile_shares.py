@@ -2,7 +2,7 @@
 
 The innermost recorded event at a moment says what is done then, the ones around it what it is done for:
 
-    a label (`profile.py`)      data, optimizer, attention and the readout are wrapped in one while a profile is made
+    a label (`stage_profile`)   data, optimizer, attention and the readout are wrapped in one while a profile is made
     a name (`NAMES`)            operations and autograd nodes that are of one kind wherever they are met
     a backward node             of the kind of the forward operation that made it, which has the same sequence number
     what encloses it            otherwise; and if nothing says otherwise, a matrix product by its name, or element-wise

@@ -20,10 +20,7 @@ from trivium.model.language_model import LanguageModel
 from trivium.model.new import new_model
 from trivium.objectives import objective
 from trivium.peft.targets import decoder_layers
-from trivium.train.loop import StepLog, Task, train
-from trivium.train.optimizer import build_optimizers
-from trivium.train.profile import Recorder, chosen, products_alone, profiled, told
-from trivium.train.profile_shares import (
+from trivium.profile_shares import (
     ATTENTION,
     DATA,
     ELEMENTWISE,
@@ -39,6 +36,9 @@ from trivium.train.profile_shares import (
     Shares,
     shares_of,
 )  # fmt: skip
+from trivium.stage_profile import Recorder, chosen, products_alone, profiled, told
+from trivium.train.loop import StepLog, Task, train
+from trivium.train.optimizer import build_optimizers
 from trivium.train.recompute import recomputed
 from trivium.train.reference import no_reference
 

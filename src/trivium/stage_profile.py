@@ -36,9 +36,7 @@ from trivium.files import write_json
 from trivium.forest import Forest
 from trivium.model.language_model import LanguageModel
 from trivium.peft.targets import decoder_layers
-from trivium.terminal import say
-from trivium.train.loop import StepLog, Task
-from trivium.train.profile_shares import (
+from trivium.profile_shares import (
     ATTENTION,
     DATA,
     KINDS,
@@ -51,6 +49,8 @@ from trivium.train.profile_shares import (
     events_of,
     shares_of,
 )  # fmt: skip
+from trivium.terminal import say
+from trivium.train.loop import StepLog, Task
 
 WARM, MOST = 2, 3  # steps before, steps recorded
 MOST_SECONDS = 5.0  # of products alone
