@@ -8,6 +8,7 @@
     ├── DiskError           no room, no permission, not writable                    3
     ├── CheckpointError     what was saved is damaged, and nothing else is there    4
     ├── NonFiniteError      a loss or gradient that is not a number                 5
+    ├── OutOfMemory         it does not fit into memory                             6
     └── Interrupted         stopped by a person or the system; run again            75
 
 A user's mistake gets a UserError: one line of what and where, one line of remedy, never a traceback.
@@ -66,6 +67,12 @@ class NonFiniteError(UserError):
     """A loss or gradient was NaN or infinite; no weight was touched."""
 
     exit_code = 5
+
+
+class OutOfMemory(UserError):
+    """It does not fit into the memory of the device, or of the machine."""
+
+    exit_code = 6
 
 
 class Interrupted(UserError):

@@ -24,11 +24,12 @@ from trivium.stage_data import beside, packed
 from trivium.stage_work import StageRun, Work
 from trivium.terminal import say, size
 from trivium.train.dropout import dropout_off
+from trivium.train.passes import surviving
 from trivium.train.reference import Moving, NoReference, Remembered, UnderParent, no_reference
 from trivium.under_way import versions
 
 
-def reference_of(run: StageRun, work: Work, held_out: list[Forest]) -> NoReference:
+def reference_of(run: StageRun, work: Work) -> NoReference:
     """How the parent's log-probabilities are had: not at all, under its small weights, computed once, or moving."""
     model, stage = run.model, run.stage
     if not work.goal.needs_reference:
@@ -41,11 +42,11 @@ def reference_of(run: StageRun, work: Work, held_out: list[Forest]) -> NoReferen
         return UnderParent(model.logprob, lambda: as_parent(model, work.parent))
     why = "as its weights are about to change" if full else "as every row is seen again" if again else "as asked"
     say(f"  the parent's log-probabilities are computed once, {why}")
-    tokens = int(stage.micro_batch_tokens or 1)
 
     def forests() -> Iterator[Forest]:
+        tokens = work.passes.tokens
         yield from packed(work.used, tokens, model.device)
-        yield from held_out
+        yield from packed(work.held_out, tokens, model.device)
         steps = range(len(work.order) if work.goal.first else 0)
         seen = ([work.data.examples[i] for i in work.order.chosen(n)] for n in steps)
         for examples in (*seen, work.held_out):
@@ -55,6 +56,13 @@ def reference_of(run: StageRun, work: Work, held_out: list[Forest]) -> NoReferen
         with as_parent(model, work.parent) if not full else contextlib.nullcontext():
             return model.logprob(forest)
 
+    return surviving(lambda: _remembered(run, work, parents, forests), lambda reason: work.passes.no_room(0, reason))
+
+
+def _remembered(
+    run: StageRun, work: Work, parents: Callable[[Forest], Tensor], forests: Callable[[], Iterator[Forest]]
+) -> Remembered:
+    """The parent's log-probabilities, computed or found in the cache."""
     if run.under_way is None:
         return Remembered(parents, forests())
     about = {"of": _what_is_kept(run, work)}
@@ -73,7 +81,7 @@ def _what_is_kept(run: StageRun, work: Work) -> str:
     model, examples = run.model, (work.used, work.held_out)
     rows = [(e.store.key, hashlib.sha256(e.numbers.astype("<i8").tobytes()).hexdigest()) for e in examples]
     steps = [work.order.chosen(n) for n in range(len(work.order))] if work.goal.first else []
-    how = [str(model.dtype), str(model.device), quantized(model.hf), work.proof.layout, run.stage.micro_batch_tokens]
+    how = [str(model.dtype), str(model.device), quantized(model.hf), work.proof.layout, work.passes.tokens]
     return sha256_json([run.under_way.about["parent"], rows, steps, how, versions()])
 
 

@@ -24,7 +24,7 @@ from trivium.peft.kinds import FullSettings, Settings, virtual_tokens
 from trivium.peft.settings import method_name, settings_of
 from trivium.peft.targets import decoder_layers
 from trivium.proven import proven
-from trivium.stage_data import packed, run_order, stage_examples
+from trivium.stage_data import run_order, stage_examples
 from trivium.stage_proof import probe, prove_start, recomputes, within_memory
 from trivium.stage_reference import elsewhere, reference_of
 from trivium.stage_saving import LOG
@@ -33,6 +33,7 @@ from trivium.stage_work import StageRun, Work
 from trivium.terminal import say
 from trivium.train import recompute
 from trivium.train.machine import PeakMemory
+from trivium.train.passes import Passes
 from trivium.under_way import versions
 
 
@@ -43,15 +44,14 @@ def run_stage(run: StageRun) -> dict[str, Any]:
     with costs.clock("setup_seconds"):
         work = _prepared(run)
     with model.laid_out(work.proof.layout), contextlib.ExitStack() as stack:
-        held_out = list(packed(work.held_out, int(run.stage.micro_batch_tokens or 1), model.device))
         with costs.clock("reference_seconds"):
-            reference = reference_of(run, work, held_out)
+            reference = reference_of(run, work)
         with costs.clock("setup_seconds"):
             prove_start(work.goal, model, reference, work.used, elsewhere(run, work))
             layers = list(decoder_layers(model.hf).values())
             again = layers[: recomputes(run.stage, model, work.used)]
             stack.enter_context(recompute.recomputed(again, model.adapters))
-        training = Training(run, work, reference, held_out, peak)
+        training = Training(run, work, reference, peak)
         stack.callback(training.close)
         before = training.carry_out()
         with costs.clock("save_seconds"):
@@ -81,7 +81,8 @@ def _prepared(run: StageRun) -> Work:
     goal = objective(stage.model_dump())
     if data.ledger.counts.get("with_margin") and not goal.margins:
         say(f"  note: {goal.name} knows no margins: those of the rows change nothing")
-    return Work(template, data, held_out, order, used, goal, settings, parent, base, proof)
+    passes = Passes(stage.name, int(run.stage.micro_batch_tokens or 1), int(used.sizes.min()))
+    return Work(template, data, held_out, order, used, goal, settings, parent, base, proof, passes)
 
 
 # --- before the loop

@@ -1,6 +1,6 @@
 """A stage's training: the loop, and around it the log, evaluations, checkpoints, faults, and a request to stop.
 
-    training = Training(run, work, reference, held_out, peak)    # goes on from the newest checkpoint there is
+    training = Training(run, work, reference, peak)    # goes on from the newest checkpoint there is
     training.carry_out()
 
 Everything that is between two steps is in a checkpoint: a training that was killed at any moment and one that was not
@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from trivium.errors import Interrupted, NonFiniteError, UserError
+from trivium.errors import Interrupted, NonFiniteError, OutOfMemory, UserError
 from trivium.evaluate.held_out import evaluate
 from trivium.evaluate.judge import ALONG_THE_WAY, shares
 from trivium.files import make_folder
@@ -38,6 +38,7 @@ from trivium.train.log import TrainingLog, read_log
 from trivium.train.loop import StepLog, Task, train
 from trivium.train.machine import PeakMemory, give_back
 from trivium.train.optimizer import build_optimizers
+from trivium.train.passes import surviving
 from trivium.train.reference import NoReference
 from trivium.train.schedule import factor
 
@@ -45,13 +46,9 @@ from trivium.train.schedule import factor
 class Training:
     """What a stage does between its proofs and its result; ``done`` steps are behind it."""
 
-    def __init__(
-        self, run: StageRun, work: Work, reference: NoReference, held_out: list[Forest], peak: PeakMemory
-    ) -> None:
-        self.run, self.work, self.reference, self.held_out, self.peak = run, work, reference, held_out, peak
-        tokens = int(run.stage.micro_batch_tokens or 1)
-        self.beside = list(beside(work.goal, work.held_out, tokens, run.model.device))
-        self.model, self.stage = run.model, run.stage
+    def __init__(self, run: StageRun, work: Work, reference: NoReference, peak: PeakMemory) -> None:
+        self.run, self.work, self.reference, self.peak = run, work, reference, peak
+        self.model, self.stage, self.passes = run.model, run.stage, work.passes
         self.device = str(self.model.device)
         self.steps = len(work.order)
         self.done = 0
@@ -73,6 +70,8 @@ class Training:
             torch.manual_seed(int(self.stage.seed or 0))
             if self.saving:
                 self.done = self.saving.go_on(self.steps, self.reference)
+                if self.done:
+                    self.passes.put_back(self.state.get("halvings", []))
                 self.saving.check_room()
                 self._note_attempt(self.saving)
             self.random = snapshot.random_state(self.device)
@@ -86,25 +85,26 @@ class Training:
                 self.save()
             except Stopped:
                 raise self._stopped() from None
-            except NonFiniteError:
+            except (NonFiniteError, OutOfMemory):
                 self._save_before_the_fault()
                 raise
         return before or {}
 
     def _task(self) -> Task:
         stage, work, model = self.stage, self.work, self.model
-        examples, tokens = work.data.examples, int(stage.micro_batch_tokens or 1)
+        examples, passes = work.data.examples, self.passes
         return Task(
             objective=work.goal,
             logprob=model.logprob if stage.memory is None else self._lean,
             reference=self.reference,
-            batches=lambda n: packed(examples.at(work.order.chosen(n)), tokens, model.device),
-            beside=lambda n: beside(work.goal, [examples[i] for i in work.order.chosen(n)], tokens, model.device),
+            batches=lambda n: packed(examples.at(work.order.chosen(n)), passes.tokens, model.device),
+            beside=lambda n: beside(work.goal, list(examples.at(work.order.chosen(n))), passes.tokens, model.device),
             steps=self.steps,
             rate=lambda n: factor(n, self.steps, str(stage.schedule), stage.warmup_ratio or 0.0),
             optimizers=self.optimizers,
             max_grad_norm=float(stage.max_grad_norm or 1.0),
             not_finite=self.guard.not_finite,
+            no_room=self._no_room,
         )
 
     def _profiled(self) -> contextlib.AbstractContextManager[tuple[Task, Callable[[StepLog], None]]]:
@@ -115,6 +115,11 @@ class Training:
         from trivium.stage_profile import profiled
 
         return profiled(file, self.stage.name, self.model, task, self._after_step, self.done, self.log.paused)
+
+    def _no_room(self, step: int, reason: str) -> None:
+        """Smaller passes, and the random state as it was before the step."""
+        self.passes.no_room(step, reason)
+        snapshot.set_random_state(self.random, self.device)
 
     def _lean(self, forest: Forest) -> torch.Tensor:
         """The model's log-probabilities, when what the pass before has freed is given back."""
@@ -157,7 +162,7 @@ class Training:
         check = model.hf.base_model.register_forward_pre_hook(lambda *_: self.stop.check())
         try:
             with run.costs.clock("eval_seconds"), dropout_off(model), self.log.paused(), torch.random.fork_rng():
-                metrics = evaluate(self.work.goal, model.logprob, self.reference, self.held_out, self.beside)
+                metrics = surviving(self._held_out, lambda reason: self.passes.no_room(step, reason))
                 if run.judge is not None:
                     with model.laid_out("single"):  # generation is the model's own
                         metrics |= shares(run.judge(Talker.of(model), ALONG_THE_WAY))
@@ -166,6 +171,12 @@ class Training:
         if metrics and self.log.evaluation(step) is None:  # of a result that is not the last there was one
             self.log.evaluated(step, metrics)
         return metrics
+
+    def _held_out(self) -> dict[str, float]:
+        work, (tokens, device) = self.work, (self.passes.tokens, self.model.device)
+        first = beside(work.goal, work.held_out, tokens, device)
+        held_out = packed(work.held_out, tokens, device)
+        return evaluate(work.goal, self.model.logprob, self.reference, held_out, first)
 
     def _evaluated(self) -> None:
         """Evaluate where it is time to and was not done before; the best model so far is saved."""
@@ -203,7 +214,8 @@ class Training:
         """A checkpoint of the state after the last step, unless there is one. Raises DiskError, NonFiniteError."""
         if self.saving:
             with self.log.paused():
-                state = {"steps": self.steps, "best": self.best, "elapsed": self.log.elapsed, "peak": self.peak_bytes()}
+                state = {"steps": self.steps, "best": self.best, "elapsed": self.log.elapsed,
+                         "peak": self.peak_bytes(), "halvings": self.passes.halvings}  # fmt: skip
                 also = {"rng": self.random, **({"reference": held} if (held := self.reference.tensors()) else {})}
                 self.saving.save(self.done, also, state, self.log.text(), best, beside)
 
@@ -240,7 +252,8 @@ class Training:
         """What happened on the way, for the record: attempts, checkpoints, steps left out, spikes."""
         skipped = [{k: row[k] for k in ("step", "skipped", "rows")} for row in self.guard.skipped]
         saved = self.saving.events() if self.saving else {}
-        return {**saved, "skipped": skipped, "spikes": self.guard.spikes, "best": self.best}
+        return {**saved, "skipped": skipped, "spikes": self.guard.spikes, "best": self.best,
+                "halvings": self.passes.halvings}  # fmt: skip
 
     def peak_bytes(self) -> int:
         """Of all attempts."""

@@ -22,6 +22,7 @@ from trivium.objectives.base import Objective
 from trivium.peft.kinds import Settings
 from trivium.recipe import Stage
 from trivium.stage_data import InMemory
+from trivium.train.passes import Passes
 from trivium.train.track import Tracker
 from trivium.under_way import UnderWay
 
@@ -81,3 +82,4 @@ class Work:
     parent: dict[str, torch.Tensor] | None  # the parent's small weights; None: the bare base is the parent
     base: str | None  # where an adapter's base lies
     proof: Proof
+    passes: Passes

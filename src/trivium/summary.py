@@ -91,6 +91,10 @@ def happened(stage: dict[str, Any]) -> list[str]:
     if skipped := events.get("skipped"):
         steps = ", ".join(str(one["step"]) for one in skipped)
         told.append(f"{len(skipped)} step{'s' * (len(skipped) != 1)} left out as not finite ({steps})")
+    if halvings := events.get("halvings"):
+        steps = ", ".join(dict.fromkeys(str(one["step"]) for one in halvings))
+        times = f"{len(halvings)} time{'s' * (len(halvings) != 1)}"
+        told.append(f"memory ran out {times} (step {steps}): {halvings[-1]['tokens']:,} tokens a pass since then")
     if spikes := events.get("spikes"):
         told.append(f"the loss jumped at step {', '.join(str(one['step']) for one in spikes)}")
     if events.get("both_fell"):

@@ -8,10 +8,13 @@ import sys
 import typer
 
 from trivium.cli import compare, data, judge, merge, run, talk
-from trivium.errors import DiskError, Interrupted, UserError
+from trivium.errors import DiskError, Interrupted, OutOfMemory, UserError
 from trivium.files import NO_ROOM
 from trivium.interrupt import Stopped, asked, ignore, stop_at_once
 from trivium.terminal import say
+from trivium.train.passes import REMEDY, ran_out, reason_of
+
+WRITERS = (["run"], ["demo"], ["compare"])  # what goes on where it was
 
 app = typer.Typer(
     name="trivium",
@@ -44,9 +47,11 @@ def main() -> None:
     except BaseException as error:
         # a library that was being imported may have made an error of its own of the interruption
         if asked() or isinstance(error, (Stopped, KeyboardInterrupt)):
-            saving = sys.argv[1:2] in (["run"], ["demo"], ["compare"])
-            kept = "; finished stages and checkpoints are kept" if saving else ""
+            kept = "; finished stages and checkpoints are kept" if sys.argv[1:2] in WRITERS else ""
             _stop(Interrupted(f"interrupted{kept}", "run the same command again to go on"))
+        if ran_out(error):
+            kept = "finished stages and checkpoints are kept; " if sys.argv[1:2] in WRITERS else ""
+            _stop(OutOfMemory(f"memory ran out ({reason_of(error)})", kept + REMEDY))
         if isinstance(error, OSError) and error.errno in NO_ROOM and error.filename is None:
             _close_output()
             what = f"the output cannot be written ({error.strerror})"

@@ -13,10 +13,11 @@ from dataclasses import dataclass, field
 
 import torch
 
-from trivium.errors import DataError, NonFiniteError
+from trivium.errors import DataError, NonFiniteError, OutOfMemory
 from trivium.forest import Forest
 from trivium.objectives.base import LogProb, Objective, Reference, Sums
 from trivium.train.optimizer import set_rate
+from trivium.train.passes import REMEDY, surviving
 
 
 def stop(step: int, what: str, rows: list[str]) -> None:
@@ -25,6 +26,11 @@ def stop(step: int, what: str, rows: list[str]) -> None:
         f"step {step}: the {what}; rows: {some(rows)}",
         "lower the learning rate, or look at these rows; the weights before this step are untouched",
     )
+
+
+def no_room(step: int, reason: str) -> None:
+    """What becomes of a step for which there is no memory, where nothing can be arranged to need less: an end."""
+    raise OutOfMemory(f"step {step}: memory ran out ({reason})", REMEDY)
 
 
 def nothing_beside(step: int) -> Iterator[Forest]:
@@ -44,6 +50,7 @@ class Task:
     optimizers: list[torch.optim.Optimizer]
     max_grad_norm: float
     not_finite: Callable[[int, str, list[str]], None] = stop  # (step, what, rows): raises, or the step is left out
+    no_room: Callable[[int, str], None] = no_room  # (step, reason): makes ``batches`` give smaller ones, or raises
     beside: Callable[[int], Iterator[Forest]] = nothing_beside  # what the objective's first pass over step ``n`` reads
 
 
@@ -73,21 +80,7 @@ def train(task: Task, after_step: Callable[[StepLog], None], done: int = 0) -> N
     parameters = [p for o in task.optimizers for g in o.param_groups for p in g["params"]]
     for number in range(done, task.steps):
         started = time.perf_counter()
-        forests = list(task.batches(number))
-        weight = sum(task.objective.weight(f) for f in forests)
-        if not weight > 0:
-            raise DataError(
-                f"step {number + 1}: nothing to learn in {some(_rows(forests))}", "check the data's answers"
-            )
-        goal, sums = task.objective, Sums()
-        if goal.first is not None:
-            goal = goal.first.known(task.logprob, task.reference, task.beside(number))
-        for forest in forests:
-            reference = task.reference(forest)
-            result = goal.compute(task.logprob(forest), forest, reference)
-            if len(forest.source):  # else nothing in it is trained, and there is no gradient to take
-                (result.sum / weight).backward()
-            sums.add(result, goal.weight(forest))
+        forests, sums = _gradients(task, number)
         stats = sums.means()
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, task.max_grad_norm))
         fault, rows = _fault(stats["loss"], norm), _rows(forests)
@@ -113,6 +106,35 @@ def train(task: Task, after_step: Callable[[StepLog], None], done: int = 0) -> N
                 skipped=fault,
             )
         )
+
+
+def _gradients(task: Task, number: int) -> tuple[list[Forest], Sums]:
+    """Take the gradients of a step, whose forests and statistics are returned; where memory runs out, from its
+    beginning with smaller forests."""
+    forests = list(task.batches(number))
+    weight = sum(task.objective.weight(f) for f in forests)
+    if not weight > 0:
+        raise DataError(f"step {number + 1}: nothing to learn in {some(_rows(forests))}", "check the data's answers")
+
+    def attempt() -> Sums:
+        goal, sums = task.objective, Sums()
+        if goal.first is not None:
+            goal = goal.first.known(task.logprob, task.reference, task.beside(number))
+        for forest in forests:
+            reference = task.reference(forest)
+            result = goal.compute(task.logprob(forest), forest, reference)
+            if len(forest.source):  # else nothing in it is trained, and there is no gradient to take
+                (result.sum / weight).backward()
+            sums.add(result, goal.weight(forest))
+        return sums
+
+    def smaller(reason: str) -> None:
+        for optimizer in task.optimizers:
+            optimizer.zero_grad(set_to_none=True)  # some passes of the attempt have left theirs
+        task.no_room(number + 1, reason)
+        forests[:] = task.batches(number)
+
+    return forests, surviving(attempt, smaller)
 
 
 def _fault(loss: float, norm: float) -> str:
