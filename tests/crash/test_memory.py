@@ -49,8 +49,8 @@ def running_out(over: int, from_step: int = 1, backward: bool = False):
 
 
 def no_dropout(name: str, **more):
-    """Dropout is drawn pass by pass: with it, other passes are another training. And AdamW takes a rate-sized step where
-    a gradient is all rounding: the rate is a usual one."""
+    """Dropout is drawn pass by pass: with it, other passes are another training. The rate is a usual one: where a
+    gradient is all rounding, AdamW makes a step of it that is as large as any other."""
     method = CELLS[name]["method"]
     plain = {**method, "dropout": 0.0} if isinstance(method, dict) else method
     return {"method": plain, "dropout": 0.0, "max_steps": 20, "learning_rate": 1e-3,
@@ -77,7 +77,9 @@ def test_it_is_survived_at_the_same_step_with_the_result_of_smaller_passes(name,
     assert result(halved)["rows"][-1]["step"] == 20
     expected = weights(small)
     for key, tensor in weights(halved).items():
-        assert float((tensor - expected[key]).abs().max()) <= 1e-6, key
+        apart = tensor - expected[key]
+        assert float(apart.norm()) <= 1e-6 * max(1.0, float(tensor.norm())), key
+        assert float(apart.abs().max()) <= 5e-6, key
     times = f"{len(found)} time{'s' * (len(found) > 1)}"
     assert f"memory ran out {times} (step 6): {found[-1]['tokens']} tokens a pass" in ended.said
 
