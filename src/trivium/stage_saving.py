@@ -102,7 +102,8 @@ class Saving:
         started = time.perf_counter()
         self.kept.wait()
         self._beside = self.kept.costs.seconds_beside
-        beside = beside and snapshot.size_of(self.optimizers) < BESIDE * free_memory("cpu")
+        small = snapshot.size_of(self.optimizers) < BESIDE * free_memory("cpu")
+        beside = beside and small and self.run.stage.memory is None  # which has no room for a copy
         taken = snapshot.take(self.run.model.hf, self.optimizers, str(self.run.model.device), copy=beside)
         told = {**state, "step": done, "about": self.under.about, "accepted": self.under.accepted,
                 "date": self.work.template.told_date, "costs": asdict(self.run.costs),

@@ -82,7 +82,7 @@ class Training:
                 say(f"  {self.steps} steps over {epochs:.2f} epochs of {rows:,} examples")
                 with self._profiled() as (task, after_step):
                     train(task, after_step, self.done)
-                self.save()
+                self.save(beside=False)  # nothing is left to be trained beside it, and a copy takes memory
             except Stopped:
                 raise self._stopped() from None
             except (NonFiniteError, OutOfMemory):
