@@ -254,7 +254,7 @@ def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path
             return None
         return place(written["source"], identity_of(written["source"]), out / stage.name)
 
-    return StageRun(stage, opened, partial, adapter_base), base
+    return StageRun(stage, opened, partial, adapter_base, weights=parent.identity), base
 
 
 def _needs_writing(place: str, recipe: Recipe, parent: Link) -> bool:

@@ -7,6 +7,7 @@ the objective declares. Final metrics are taken on what was saved.
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -25,7 +26,8 @@ from trivium.peft.settings import method_name, settings_of
 from trivium.peft.targets import decoder_layers
 from trivium.proven import proven
 from trivium.stage_data import run_order, stage_examples
-from trivium.stage_proof import probe, prove_start, recomputes, within_memory
+from trivium.stage_memory import arranged, check_fits
+from trivium.stage_proof import probe, prove_start
 from trivium.stage_reference import elsewhere, reference_of
 from trivium.stage_saving import LOG
 from trivium.stage_training import Training
@@ -42,15 +44,13 @@ def run_stage(run: StageRun) -> dict[str, Any]:
     model, costs = run.model, run.costs
     peak = PeakMemory(str(model.device))
     with costs.clock("setup_seconds"):
-        work = _prepared(run)
-    with model.laid_out(work.proof.layout), contextlib.ExitStack() as stack:
+        work = prepared(run)
+        check_fits(run.stage, work.cost, model, int(work.used.sizes.max()))
+    with arranged_as(run, work), contextlib.ExitStack() as stack:
         with costs.clock("reference_seconds"):
             reference = reference_of(run, work)
         with costs.clock("setup_seconds"):
             prove_start(work.goal, model, reference, work.used, elsewhere(run, work))
-            layers = list(decoder_layers(model.hf).values())
-            again = layers[: recomputes(run.stage, model, work.used)]
-            stack.enter_context(recompute.recomputed(again, model.adapters))
         training = Training(run, work, reference, peak)
         stack.callback(training.close)
         before = training.carry_out()
@@ -63,7 +63,15 @@ def run_stage(run: StageRun) -> dict[str, Any]:
     return _report(run, work, {"before": before, "after": after}, training)
 
 
-def _prepared(run: StageRun) -> Work:
+@contextlib.contextmanager
+def arranged_as(run: StageRun, work: Work) -> Iterator[None]:
+    """Within the block the model reads batches as the proof says, and recomputes what it is to recompute."""
+    layers = list(decoder_layers(run.model.hf).values())[: int(run.stage.recompute or 0)]
+    with run.model.laid_out(work.proof.layout), recompute.recomputed(layers, run.model.adapters):
+        yield
+
+
+def prepared(run: StageRun) -> Work:
     """Data, method and objective, and the proof that the packed rows are computed right."""
     stage, model = run.stage, run.model
     template = chat_template(model.tokenizer, stage.date)
@@ -72,17 +80,17 @@ def _prepared(run: StageRun) -> Work:
     settings, parent = _attach(run)
     order = run_order(stage, data)
     used = data.examples.at(order.used())
-    weights = [run.under_way.about["parent"], asdict(settings), stage.seed] if run.under_way else None
+    weights = [run.weights, asdict(settings), stage.seed] if run.weights else None
     proof, before = proven(model, probe(used), weights)
     say(f"  {proof.line()}" + ("; proved before" if before else ""))
     with model.laid_out(proof.layout):
-        run.stage = within_memory(stage, model, used)
+        run.stage, cost = arranged(stage, model, used, order.step_tokens())
     order = run_order(run.stage, data)
     goal = objective(stage.model_dump())
     if data.ledger.counts.get("with_margin") and not goal.margins:
         say(f"  note: {goal.name} knows no margins: those of the rows change nothing")
     passes = Passes(stage.name, int(run.stage.micro_batch_tokens or 1), int(used.sizes.min()))
-    return Work(template, data, held_out, order, used, goal, settings, parent, base, proof, passes)
+    return Work(template, data, held_out, order, used, goal, settings, parent, base, proof, passes, cost)
 
 
 # --- before the loop

@@ -22,6 +22,7 @@ from trivium.objectives.base import Objective
 from trivium.peft.kinds import Settings
 from trivium.recipe import Stage
 from trivium.stage_data import InMemory
+from trivium.train.budget import Cost
 from trivium.train.passes import Passes
 from trivium.train.track import Tracker
 from trivium.under_way import UnderWay
@@ -57,6 +58,7 @@ class StageRun:
     folder: Path | None = None  # the partial folder; the caller puts it in its place. None: nothing is written
     adapter_base: Callable[[], str] | None = None  # where the frozen base lies on disk, written there if need be
     data: InMemory | None = None  # rows instead of the stage's files
+    weights: str | None = None  # the identity of what it starts from; None: nothing tells
     judge: Judge | None = None
     tracker: Callable[[], Tracker | None] = lambda: None
     under_way: UnderWay | None = None  # its checkpoints; None: it cannot go on
@@ -83,3 +85,4 @@ class Work:
     base: str | None  # where an adapter's base lies
     proof: Proof
     passes: Passes
+    cost: Cost  # what it holds, reckoned

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +16,19 @@ AFTER = 1.0  # seconds before anything is shown
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
 
 
+_hushed: list[bool] = []
+
+
+@contextlib.contextmanager
+def hushed() -> Iterator[None]:
+    """Nothing is told within the block."""
+    _hushed.append(True)
+    try:
+        yield
+    finally:
+        _hushed.pop()
+
+
 def say(text: str) -> None:
     """One line for a person, to standard error: standard output is for results."""
     write(text + "\n")
@@ -22,6 +36,8 @@ def say(text: str) -> None:
 
 def write(text: str) -> None:
     """To standard error, if anybody still reads it: a closed terminal ends no run."""
+    if _hushed:
+        return
     with contextlib.suppress(OSError, ValueError):
         sys.stderr.write(text)
         sys.stderr.flush()

@@ -24,19 +24,31 @@ SUFFIXES = {"kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "
 
 @dataclass(frozen=True)
 class Cost:
-    """What a training holds: ``fixed`` whatever is passed through it, and per token of a pass."""
+    """What a training holds, in bytes: whatever is passed through it, and per token of a pass."""
 
-    fixed: float
+    weights: float
+    gradients: float
+    moments: float
+    readout: float  # chunks of logits
+    runtime: float  # what the process has loaded
     kept: float  # bytes per token that autograd keeps in all layers
     input: float  # bytes per token of one layer's input, which is what a recomputed layer keeps
     working: float  # bytes per token of one layer's backward pass, gone after it
     layers: int
+    step_tokens: int = 2**62  # of the largest step
 
-    def peak(self, tokens: int, recomputed: int) -> float:
-        """The most that is held at once, with this many tokens in a pass and layers recomputed."""
+    def activations(self, tokens: int, recomputed: int) -> float:
+        """What a pass of so many tokens holds, with so many layers recomputed."""
         of_one = self.kept / self.layers
         kept = of_one * (self.layers - recomputed) + self.input * recomputed + (of_one if recomputed else 0)
-        return self.fixed + PIECES * tokens * (kept + self.working)
+        return PIECES * tokens * (kept + self.working)
+
+    def peak(self, tokens: int, recomputed: int) -> float:
+        """The most that is held at once."""
+        passing = self.activations(min(tokens, self.step_tokens), recomputed)
+        # gradients of a step's first passes wait while the next is made; in a step of one they come as it goes
+        both = self.gradients + passing if tokens < self.step_tokens else max(self.gradients, passing)
+        return self.weights + self.moments + self.readout + self.runtime + both
 
 
 @dataclass(frozen=True)
@@ -54,9 +66,7 @@ def fit(budget: float, cost: Cost, longest: int, asked: int) -> Plan | None:
     A row is never cut: a pass holds the ``longest`` at least.
     """
     best: tuple[float, Plan] | None = None
-    for tokens in sorted(
-        {max(n, longest) for n in (asked, *PASSES, longest) if n <= max(asked, longest)}, reverse=True
-    ):
+    for tokens in _sizes(cost, longest, asked):
         for recomputed in range(cost.layers + 1):
             peak = cost.peak(tokens, recomputed)
             if peak <= budget:
@@ -67,9 +77,15 @@ def fit(budget: float, cost: Cost, longest: int, asked: int) -> Plan | None:
     return best[1] if best else None
 
 
-def least(cost: Cost, longest: int) -> float:
+def least(cost: Cost, longest: int, asked: int) -> float:
     """The smallest budget that `fit` finds a way in."""
-    return min(cost.peak(longest, n) for n in (0, cost.layers))
+    return min(cost.peak(tokens, n) for tokens in _sizes(cost, longest, asked) for n in (0, cost.layers))
+
+
+def _sizes(cost: Cost, longest: int, asked: int) -> list[int]:
+    """Tokens of a pass that are tried, most first; a whole step in one pass is among them where that is allowed."""
+    tried = (asked, *PASSES, longest, cost.step_tokens)
+    return sorted({max(n, longest) for n in tried if n <= max(asked, longest)}, reverse=True)
 
 
 def in_bytes(text: str) -> int:

@@ -59,10 +59,8 @@ class PeakMemory:
             import torch
 
             return torch.cuda.max_memory_allocated(self.device)
-        if sys.platform == "linux":
-            for line in Path("/proc/self/status").read_text().splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
+        if peak := _of_process("VmHWM:"):
+            return peak
         import resource
 
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -75,8 +73,27 @@ def give_back() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def held_memory(device: str) -> int:
+    """Bytes that this process holds: on the card, or resident in the machine's memory."""
+    if device.startswith("cuda"):
+        import torch
+
+        return torch.cuda.memory_reserved(device)
+    give_back()
+    return _of_process("VmRSS:")
+
+
+def _of_process(name: str) -> int:
+    """Bytes that the system tells of this process under a name; 0 where it tells nothing."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(name):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
 def free_memory(device: str) -> int:
-    """Bytes that can still be taken: the card's free memory, or what the system has available."""
+    """Bytes that can still be taken: the card's free memory, or what the system, or its container, has left."""
     if device.startswith("cuda"):
         import torch
 
@@ -84,8 +101,27 @@ def free_memory(device: str) -> int:
     with contextlib.suppress(OSError):
         for line in Path("/proc/meminfo").read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
+                return min([int(line.split()[1]) * 1024, *_left_to_container()])
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
     except (ValueError, OSError):
         return 8 * 2**30
+
+
+def _left_to_container() -> list[int]:
+    """Bytes that a control group, in which a container runs, leaves its processes; none where there is no limit.
+
+    What it has read of files counts as used, but is given up when it is needed. Source: the kernel's
+    `admin-guide/cgroup-v2` and `cgroup-v1/memory`.
+    """
+    places = (
+        (Path("/sys/fs/cgroup"), "memory.max", "memory.current", "inactive_file "),
+        (Path("/sys/fs/cgroup/memory"), "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file "),
+    )
+    for folder, limit, used, inactive in places:
+        with contextlib.suppress(OSError, ValueError):
+            most, taken = (int((folder / name).read_text()) for name in (limit, used))  # "max" is no number: no limit
+            stat = (folder / "memory.stat").read_text().splitlines()
+            files = sum(int(line.split()[1]) for line in stat if line.startswith(inactive))
+            return [max(0, most - taken + files)]
+    return []
