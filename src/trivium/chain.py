@@ -17,6 +17,7 @@ from trivium.errors import CheckpointError, ModelError, RecipeError, nearest
 from trivium.files import MANIFEST, clear_errors, damage, make_folder, recover, sha256_json, whole_folder, write_json
 from trivium.lock import LOCK, only_run
 from trivium.measures import Measures
+from trivium.planning.kept import planned_of
 from trivium.recipe import Recipe, Stage
 from trivium.report.write import REPORT, write_report
 from trivium.stages import RESULT, STAGES, identity_settings, resolve
@@ -53,17 +54,8 @@ def run_recipe(
     and keeps the old folder aside. ``profile`` tells where the time of a few steps of each stage goes
     (`stage_profile`). Raises BusyError where another run is at work in ``out``.
     """
-    stages = _up_to(recipe, until)
-    for stage in stages:  # first what needs no library that takes seconds to import
-        check_data(stage)
-    check_texts(recipe)
-    check_judge(recipe)
-    check_tracker(recipe.track)
-    settings, notes = _resolved(recipe, stages)
-    check_extras([*settings.values()])
-    check_sizes(recipe)
+    ordered, notes = checked(recipe, until)
     out = make_folder(out).resolve()  # adapters name their base: PEFT looks for it from wherever it is started
-    ordered = [settings[stage.name] for stage in stages]
     if fresh:
         with only_run(out):
             if (aside := set_aside(out)) is not None:
@@ -99,11 +91,27 @@ def _in_order(
         if len(links) == 1:  # only now, as a mistake in the data should not have to wait for it
             measures.of_start(recipe, came_from, full)
         measures.of_stage(full, out / full.name, record["identity"], came_from)
-        summary["stages"].append(summary_of(record) | {"from": full.from_} | measures.around(full))
+        planned = planned_of(out, record["identity"])
+        summary["stages"].append(summary_of(record) | {"from": full.from_} | measures.around(full) | planned)
         write_json(out / SUMMARY, summary)
         write_report([out], out / REPORT)
     say(f"report: {shown(out / REPORT)}")
     return summary
+
+
+def checked(recipe: Recipe, until: str | None) -> tuple[list[Stage], dict[str, list[str]]]:
+    """The stages to run with all their settings, in order, and lines that tell where these came from; after all that
+    can be checked before a model is opened."""
+    stages = _up_to(recipe, until)
+    for stage in stages:  # first what needs no library that takes seconds to import
+        check_data(stage)
+    check_texts(recipe)
+    check_judge(recipe)
+    check_tracker(recipe.track)
+    settings, notes = _resolved(recipe, stages)
+    check_extras([*settings.values()])
+    check_sizes(recipe)
+    return [settings[stage.name] for stage in stages], notes
 
 
 def _up_to(recipe: Recipe, until: str | None) -> list[Stage]:
@@ -154,7 +162,7 @@ def _stage(
         check_whole(Path(parent.source))
     started = time.perf_counter()
     with whole_folder(final) as partial:
-        run, base = _opened(recipe, stage, parent, out, partial)
+        run, base = open_stage(recipe, stage, parent, out, partial)
         check_fit(run.model, recipe, stages)
         opening = time.perf_counter() - started
         from trivium.stage_runner import run_stage
@@ -199,7 +207,7 @@ def set_aside(out: Path) -> Path | None:
     return aside
 
 
-def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path) -> tuple[Any, Any]:
+def open_stage(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path) -> tuple[Any, Any]:
     """The stage under way, and a function that tells where an adapter's base lies once it is known."""
     import torch
 

@@ -57,7 +57,24 @@ def arranged(
 
 
 def check_fits(stage: Stage, cost: budget.Cost, model: LanguageModel, longest: int) -> None:
-    """What the stage will hold at its peak is free, or held already; raises OutOfMemory with what would fit.
+    """What the stage will hold at its peak is free, or held already; raises OutOfMemory with what would fit."""
+    asked = int(stage.micro_batch_tokens or 1)
+    need, there, cost = room_for(stage, cost, model, longest)
+    if need <= there:
+        return
+    plan = budget.fit(there, cost, longest, asked)
+    what = f"stages.{stage.name}: it would take {size(need)}, and there are {size(there)}"
+    if plan is not None:
+        remedy = f"use memory: {budget.amount(there)}: {_in_words(plan, cost)}, {size(plan.bytes)}"
+    elif stage.full:
+        remedy = "use method: lora, a smaller model or max_length; `trivium plan` tells what would fit"
+    else:
+        remedy = "use method: qlora, a smaller model or max_length; `trivium plan` tells what would fit"
+    raise OutOfMemory(what, remedy)
+
+
+def room_for(stage: Stage, cost: budget.Cost, model: LanguageModel, longest: int) -> tuple[float, float, budget.Cost]:
+    """Bytes that a stage will hold at its peak, bytes that there are for it, and its cost with what is held now.
 
     On a GPU passes that are too large are halved when they are met, so that only the longest row has to fit.
     """
@@ -67,17 +84,7 @@ def check_fits(stage: Stage, cost: budget.Cost, model: LanguageModel, longest: i
     if model.device.type == "cpu":  # as it is, and not as it usually is
         cost = replace(cost, runtime=max(0, held - cost.weights) + BUFFERS)
     need, there = cost.peak(tokens, int(stage.recompute or 0)), free_memory(device) + held
-    if need <= there:
-        return
-    plan = budget.fit(there, cost, longest, asked)
-    what = f"stages.{stage.name}: it would take {size(need)}, and there are {size(there)}"
-    if plan is not None:
-        remedy = f"use memory: {_amount(there)}: {_in_words(plan, cost)}, {size(plan.bytes)}"
-    elif stage.full:
-        remedy = "use method: lora, a smaller model or max_length; `trivium plan` tells what would fit"
-    else:
-        remedy = "use method: qlora, a smaller model or max_length; `trivium plan` tells what would fit"
-    raise OutOfMemory(what, remedy)
+    return need, there, cost
 
 
 def kept_per_token(model: LanguageModel, examples: Examples) -> float:
@@ -133,8 +140,3 @@ def _within_memory(stage: Stage, cost: budget.Cost, longest: int, asked: int) ->
 def _in_words(plan: budget.Plan, cost: budget.Cost) -> str:
     told = f"{plan.layers} of {cost.layers} layers recomputed" if plan.layers else "no layer recomputed"
     return f"{plan.tokens:,} tokens a pass, {told}"
-
-
-def _amount(there: float) -> str:
-    """As a recipe writes it, a little less than there is."""
-    return f"{int(there / 1e8) / 10:g}GB" if there >= 1e9 else f"{int(there / 1e7) * 10}MB"

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trivium.files import sha256_json
+from trivium.planning.kept import beside
 from trivium.stages import identity_settings
 from trivium.terminal import size
 
@@ -65,8 +66,10 @@ def summary_of(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def account(summary: dict[str, Any]) -> list[str]:
-    """A line for each stage: where every row went, and every attempt, step left out, checkpoint rejected or spike."""
-    return [f"{s['name']}: {'; '.join(told)}" for s in summary["stages"] if (told := [*_rows(s), *happened(s)])]
+    """A line for each stage: where every row went, every attempt, step left out, checkpoint rejected or spike, and
+    whether it came as planned."""
+    told = ((s["name"], [*_rows(s), *happened(s), *beside(s)]) for s in summary["stages"])
+    return [f"{name}: {'; '.join(lines)}" for name, lines in told if lines]
 
 
 def _rows(stage: dict[str, Any]) -> list[str]:

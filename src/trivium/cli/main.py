@@ -7,7 +7,7 @@ import sys
 
 import typer
 
-from trivium.cli import compare, data, judge, merge, run, talk
+from trivium.cli import compare, data, judge, merge, plan, run, talk
 from trivium.errors import DiskError, Interrupted, OutOfMemory, UserError
 from trivium.files import NO_ROOM
 from trivium.interrupt import Stopped, asked, ignore, stop_at_once
@@ -25,6 +25,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 run.add_to(app)
+plan.add_to(app)
 compare.add_to(app)
 data.add_to(app)
 talk.add_to(app)

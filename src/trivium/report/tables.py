@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trivium.planning.kept import beside
 from trivium.report.figures import colours
 from trivium.report.gather import RunView
 from trivium.summary import cost_table, happened
@@ -105,6 +106,7 @@ def settings_rows(runs: list[RunView]) -> list[dict[str, Any]]:
                     ("data", [("files", _said(r["data"].get("paths"))), *data]),
                     ("settings", [(k, _said(v)) for k, v in r["settings"].items() if k not in ("name", "data")]),
                     ("on the way", [("", told) for told in happened(r)]),
+                    ("the plan", [("", told) for told in beside(stage.summary)]),
                     ("proof", proved), ("seconds", costs), ("versions", list(r["versions"].items())),
                 ],
             })  # fmt: skip

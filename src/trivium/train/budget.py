@@ -99,3 +99,8 @@ def in_bytes(text: str) -> int:
     if not 0 < found < float("inf"):
         raise ValueError(f"{text!r} is no amount of memory: write it as 2GB or 900MB")
     return int(found)
+
+
+def amount(there: float) -> str:
+    """So many bytes, or a little less, as a recipe writes them."""
+    return f"{int(there / 1e8) / 10:g}GB" if there >= 1e9 else f"{int(there / 1e7) * 10}MB"
