@@ -31,3 +31,5 @@ def plan(
     found = plan_recipe(read, folder, until)
     print("\n".join(lines(found)))
     print(f"\n{folder / PLAN}")
+    if not all(stage.get("fits", True) for stage in found["stages"]):
+        raise typer.Exit(6)
