@@ -8,7 +8,7 @@ import shutil
 import pytest
 from tests.cli.conftest import LORA, SHORT
 
-import trivium.stage_memory
+from trivium import stage_memory
 from trivium.planning.kept import PLAN, TIMES
 
 
@@ -76,7 +76,7 @@ def test_as_a_command_and_beside_what_came(data, tmp_path, trivium, write_recipe
 def test_what_does_not_fit_is_said_with_what_would_and_not_begun(data, tmp_path, trivium, write_recipe, monkeypatch):
     stages = [{"name": "base", "stage": "pretrain", "data": str(data / "text.jsonl"), **SHORT}]
     recipe, out = write_recipe(tmp_path, stages, prompts=[]), tmp_path / "out"
-    monkeypatch.setattr(trivium_memory(), "free_memory", lambda device: 0)
+    monkeypatch.setattr(stage_memory, "free_memory", lambda device: 0)
     planned = trivium("plan", recipe, "--out", out)
     assert planned.code == 6
     assert "DOES NOT FIT INTO" in planned.out
@@ -90,11 +90,7 @@ def test_what_does_not_fit_is_said_with_what_would_and_not_begun(data, tmp_path,
     assert not (out / "base").exists()
 
 
-def trivium_memory():
-    return trivium.stage_memory
-
-
-def test_a_damaged_plan_is_not_believed(data, tmp_path):
+def test_a_damaged_plan_is_not_believed(tmp_path):
     from trivium.planning.kept import planned_of
 
     for text in (
@@ -107,3 +103,28 @@ def test_a_damaged_plan_is_not_believed(data, tmp_path):
     ):
         (tmp_path / PLAN).write_text(text, encoding="utf-8")
         assert planned_of(tmp_path, "x") == {}
+
+
+@pytest.mark.parametrize("method", ["full", LORA])
+def test_a_device_that_is_not_here(data, tmp_path, trivium, write_recipe, method):
+    stages = [{"name": "base", "stage": "pretrain", "data": str(data / "text.jsonl"), **SHORT}]
+    stages += [
+        {"name": "chat", "stage": "sft", "from": "base", "data": str(data / "chats.jsonl"), "method": method, **SHORT}
+    ]
+    recipe = write_recipe(tmp_path, stages, prompts=[])
+    done = trivium("plan", recipe, "--out", tmp_path / "out", "--memory", "2GB", "--tflops", "10")
+    assert done.code == 0, done.err
+    assert "of 2.0 GB on the device asked about" in done.out
+    assert "which is assumed" in done.out
+    assert not (tmp_path / "out").exists()
+    small = trivium("plan", recipe, "--memory", "500MB")
+    assert small.code == 6
+    assert "DOES NOT FIT INTO 500 MB" in small.out
+
+
+@pytest.mark.parametrize(("more", "said"), [("--memory 24", "24GB or 900MB"), ("--tflops 3", "--memory 24GB")])
+def test_what_was_asked_wrongly(data, tmp_path, trivium, write_recipe, more, said):
+    stages = [{"name": "base", "stage": "pretrain", "data": str(data / "text.jsonl"), **SHORT}]
+    done = trivium("plan", write_recipe(tmp_path, stages), *more.split())
+    assert done.code == 2
+    assert said in done.error

@@ -53,7 +53,7 @@ def test_parts_add_up_to_the_peak_and_to_what_was_measured(hf):
 def test_the_cheapest_way_comes_first_and_each_fits(hf):
     held = cost(hf, full=True)
     there = held.peak(1024, 0) - 0.3 * GB
-    found = ways(stage(method="full"), hf, held, there, longest=300)
+    found = ways(stage(method="full"), hf, held, there, longest=300, frozen=4)
     assert [way.change.split(":")[0] for way in found] == ["memory", "method", "method"]
     assert all(way.bytes <= there for way in found)
     assert in_bytes(found[0].change.split(": ")[1]) <= there
@@ -66,7 +66,7 @@ def test_the_cheapest_way_comes_first_and_each_fits(hf):
 def test_a_smaller_method_where_no_arrangement_helps(hf):
     held = cost(hf, full=True)
     there = held.weights + held.moments / 2 + 6e8
-    assert [w.change for w in ways(stage(method="full"), hf, held, there, longest=64)] == [
+    assert [w.change for w in ways(stage(method="full"), hf, held, there, longest=64, frozen=4)] == [
         "method: lora",
         "method: qlora",
     ]
@@ -74,6 +74,6 @@ def test_a_smaller_method_where_no_arrangement_helps(hf):
     linear = sum(m.weight.numel() for n, m in hf.named_modules() if hasattr(m, "weight") and "proj" in n)
     packed = small.weights - linear * (4 - NF4)
     there = packed + small.gradients + small.moments + 5e8 + small.activations(64, 4) + 1e6
-    (way,) = ways(stage(method=LORA), hf, small, there, longest=64)
+    (way,) = ways(stage(method=LORA), hf, small, there, longest=64, frozen=4)
     assert way.change == "method: qlora"
-    assert ways(stage(method={"name": "qlora"}), hf, small, 1e8, longest=64) == []
+    assert ways(stage(method={"name": "qlora"}), hf, small, 1e8, longest=64, frozen=4) == []

@@ -42,27 +42,29 @@ def parts(cost: Cost, tokens: int, recomputed: int, measured: float | None = Non
     return found
 
 
-def ways(stage: Stage, hf: Any, cost: Cost, there: float, longest: int) -> list[Way]:
-    """What would make a stage fit into ``there`` bytes, the cheapest first; none where nothing would."""
+def ways(stage: Stage, hf: Any, cost: Cost, there: float, longest: int, frozen: int) -> list[Way]:
+    """What would make a stage fit into ``there`` bytes, the cheapest first; none where nothing would.
+
+    ``frozen``: bytes of a weight that is not trained.
+    """
     asked, found = int(stage.micro_batch_tokens or 1), []
     if (plan := fit(there, cost, longest, asked)) is not None:
         found.append(Way(f"memory: {amount(there)}", plan.bytes, _slower(plan, cost, asked)))
-    for change, other, price in _lighter(stage, hf, cost):
+    for change, other, price in _lighter(stage, hf, cost, frozen):
         if (plan := fit(there, other, longest, asked)) is not None:
             found.append(Way(change, plan.bytes, f"{price}; {_slower(plan, other, asked)}"))
     return found
 
 
-def _lighter(stage: Stage, hf: Any, cost: Cost) -> Iterator[tuple[str, Cost, str]]:
+def _lighter(stage: Stage, hf: Any, cost: Cost, frozen: int) -> Iterator[tuple[str, Cost, str]]:
     """Other methods, and what they hold."""
     settings = settings_of(stage.method)
     if stage.full:
         small = FLOAT * lora_parameters(hf)
-        cost = replace(cost, gradients=small, moments=2 * small)
+        cost = replace(cost, weights=cost.weights * frozen / FLOAT + small, gradients=small, moments=2 * small)
         yield "method: lora", cost, f"trains {small // FLOAT:,} weights instead of all"
     if quantization(settings) is None:
-        linear, each = _linear_weights(hf)
-        cost = replace(cost, weights=cost.weights - linear * (each - NF4))
+        cost = replace(cost, weights=cost.weights - linear_weights(hf) * (frozen - NF4))
         yield "method: qlora", cost, "the frozen weights in 4 bits: a little less exact, about a tenth slower"
 
 
@@ -75,13 +77,12 @@ def lora_parameters(hf: Any) -> int:
     return sum(t.numel() for t in small_weights(plan.deltas).values())
 
 
-def _linear_weights(hf: Any) -> tuple[int, int]:
-    """Weights of the linear modules of all layers, and the bytes of each."""
+def linear_weights(hf: Any) -> int:
+    """How many weights the linear modules of all layers have."""
     from trivium.peft.checks import ALL_LINEAR
     from trivium.peft.targets import find_targets
 
-    weights = [hf.get_submodule(name).weight for name in find_targets(hf, ALL_LINEAR)]
-    return sum(w.numel() for w in weights), weights[0].element_size() if weights else FLOAT
+    return sum(hf.get_submodule(name).weight.numel() for name in find_targets(hf, ALL_LINEAR))
 
 
 def _slower(plan: Plan, cost: Cost, asked: int) -> str:

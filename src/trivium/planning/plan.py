@@ -80,7 +80,7 @@ def _planned(recipe: Recipe, stage: Stage, start: Link, scratch: Path, ordered: 
         "fits": need <= there,
     }
     if need > there:
-        told = [asdict(way) for way in ways(run.stage, model.hf, cost, there, longest)]
+        told = [asdict(way) for way in ways(run.stage, model.hf, cost, there, longest, model.dtype.itemsize)]
         return found | {
             "memory": _memory(parts(cost, max(tokens, longest), recomputed), need, there), "would_fit": told,
         }  # fmt: skip

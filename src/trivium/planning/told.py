@@ -10,13 +10,17 @@ from trivium.terminal import clock, size
 def lines(plan: dict[str, Any]) -> list[str]:
     """The plan of all stages, and what they take together."""
     told = [line for stage in plan["stages"] for line in _stage(stage)]
+    if "elsewhere" in plan:
+        assumed = f"; time at {plan['elsewhere']['share']:.0%} of the rate given, which is assumed"
+        told.append(f"reckoned from sizes for bfloat16, not tried{assumed if plan['elsewhere']['rate'] else ''}")
     open_ones = [s for s in plan["stages"] if not s.get("done")]
     fitting = [s for s in open_ones if s["fits"]]
     if len(fitting) > 1 and len(fitting) == len(open_ones):
-        seconds = sum(sum(s["seconds"].values()) for s in fitting)
+        seconds = sum(sum(s.get("seconds", {}).values()) for s in fitting)
         peak = max(s["memory"]["peak"] for s in fitting)
         disk = sum(s["disk"]["result"] for s in fitting) + sum(s["disk"]["checkpoints"] for s in fitting)
-        told += ["", f"in all: {size(peak)} of memory at the peak, up to {size(disk)} on disk, {clock(seconds)}"]
+        took = f", {clock(seconds)}" if seconds else ""
+        told += ["", f"in all: {size(peak)} of memory at the peak, up to {size(disk)} on disk{took}"]
     return told
 
 
@@ -37,10 +41,12 @@ def _stage(s: dict[str, Any]) -> list[str]:
     if not s["fits"]:
         told += _ways(s["would_fit"])
         return told
-    disk, seconds = s["disk"], s["seconds"]
+    disk, seconds = s["disk"], s.get("seconds", {})
     told.append(
         f"  disk        {size(disk['result'])} for the result, up to {size(disk['checkpoints'])} for checkpoints"
     )
+    if not seconds:
+        return told
     others = [f"{clock(v)} {k}" for k, v in seconds.items() if k not in ("training", "setup") and v >= 0.5]
     told.append(f"  time        {clock(seconds['training'])} training{''.join(f', {o}' for o in others)}")
     return told
