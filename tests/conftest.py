@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+pytest_plugins = ["pytester", "tests.reliability"]
+
 # Read when torch, tokenizers or transformers are first imported, here and in every process that a test starts.
 # One thread: tiny products gain nothing from a second, and lose much while it waits for a busy core.
 os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -30,6 +30,7 @@ def test_json_comes_back(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("at", ["os.fsync", "pathlib.Path.replace"])
 def test_a_file_is_old_or_new_and_never_half(at, tmp_path, monkeypatch):
     path = tmp_path / "a.json"
@@ -47,6 +48,7 @@ def test_a_file_is_old_or_new_and_never_half(at, tmp_path, monkeypatch):
     assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
 
 
+@pytest.mark.promise(2)
 def test_a_folder_appears_whole(tmp_path):
     final = tmp_path / "stage"
     with whole_folder(final) as partial:
@@ -57,6 +59,7 @@ def test_a_folder_appears_whole(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["stage"]
 
 
+@pytest.mark.promise(2)
 @pytest.mark.parametrize("failure", [ValueError, KeyboardInterrupt, SystemExit])
 def test_a_block_that_fails_leaves_what_was_there(failure, tmp_path):
     final = tmp_path / "stage"
@@ -83,6 +86,7 @@ def test_a_new_folder_replaces_all_of_the_old_one(tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == ["stage"]
 
 
+@pytest.mark.promise(2)
 def test_what_a_killed_process_left_is_swept(tmp_path):
     for left in ("stage.partial", "stage.old"):
         (tmp_path / left).mkdir()

@@ -90,7 +90,8 @@ def happened(stage: dict[str, Any]) -> list[str]:
         after = ", ".join(map(str, events["went_on_after"]))
         told.append(f"{attempts} attempts, on after step {after}, {events['steps_repeated']:,} steps done again")
     if rejected := events.get("rejected"):
-        told.append(f"{len(rejected):,} checkpoint{'s' * (len(rejected) != 1)} rejected")
+        # one that is damaged is rejected again at every start until another takes its place
+        told.append(f"{len(rejected):,} rejection{'s' * (len(rejected) != 1)} of a checkpoint")
     if skipped := events.get("skipped"):
         steps = ", ".join(str(one["step"]) for one in skipped)
         told.append(f"{len(skipped)} step{'s' * (len(skipped) != 1)} left out as not finite ({steps})")

@@ -201,6 +201,7 @@ def test_a_hub_id_without_a_network(trivium, write_recipe, data, tmp_path):
 GOOD = "".join(json.dumps({"prompt": f"red {n}", "completion": "cat"}) + "\n" for n in range(10))
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize(
     ("rows", "says"),
     [
@@ -221,6 +222,7 @@ def test_data_with_nothing_to_learn(rows, says, walk, tmp_path, trivium, write_r
     assert not list((tmp_path / "out").iterdir())
 
 
+@pytest.mark.promise(7, 19)
 def test_rows_set_aside_are_told_and_written_down(walk, tmp_path, trivium, write_recipe):
     (tmp_path / "rows.jsonl").write_text(GOOD + '{"prompt": "x", "completion": ""}\nnonsense\n', encoding="utf-8")
     stage = {**STAGE, "data": "rows.jsonl", "bad_rows": 0.2}
@@ -285,6 +287,7 @@ DISK = {
 }
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize("method", ["full", "lora", "bottleneck"])
 @pytest.mark.parametrize("at", DISK)
 def test_a_full_disk_leaves_nothing_half_written(at, method, walk, data, tmp_path, trivium, write_recipe, monkeypatch):

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tests.crash.process import Process
+
 from trivium import files
 
 Act = Callable[[], Any]
@@ -55,6 +57,19 @@ class Dies(Counting):
             act()
             cut(path)
         os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Asked(Counting):
+    """Somebody asks for an end just before this operation, ``times`` in a row."""
+
+    def __init__(self, at: int, number: int, times: int) -> None:
+        super().__init__(at)
+        self.number, self.times = number, times
+
+    def fault(self, name: str, path: Path, act: Act) -> Any:
+        for _ in range(self.times):
+            os.kill(os.getpid(), self.number)
+        return act()
 
 
 class PowerCut(Counting):
@@ -123,3 +138,19 @@ def cut(path: Path) -> None:
 
 def put(operation: Any) -> None:
     files.operation = operation
+
+
+def operations(recipe: Path) -> int:
+    """How many operations an unbroken run takes, once its data is prepared."""
+    reader, writer = os.pipe()
+
+    def tell(name: str, path: Path, act: Callable[[], object]) -> object:
+        os.write(writer, b".")
+        return act()
+
+    ended = Process(recipe, meanwhile=lambda: put(tell)).wait()
+    os.close(writer)
+    assert ended.code == 0, ended.said
+    count = len(os.read(reader, 1 << 16))
+    os.close(reader)
+    return count

@@ -5,12 +5,14 @@ A process is a fork of this one, in which everything is imported: it dies as any
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,6 +108,61 @@ class Process:
         while not self.log.exists() or text not in self.log.read_text(errors="replace"):
             assert time.monotonic() < end, self.log.read_text(errors="replace")
             time.sleep(0.002)
+
+
+def at_step(number: int, act: Callable[[], object]) -> None:
+    """In this process: before the update of step ``number``, when what it saves is written (a disk's pace is not
+    tested), ``act`` is done."""
+    from trivium import stage_training
+    from trivium.train import loop
+
+    train, rate, at = stage_training.train, loop.set_rate, [0]
+
+    def counting(task: Any, after_step: Any, done: int = 0) -> None:
+        at[0] = done
+        train(task, after_step, done)
+
+    def acting(*arguments: Any) -> None:
+        at[0] += 1
+        if at[0] == number:
+            for thread in threading.enumerate():
+                if thread.name == "checkpoint":
+                    thread.join()
+            act()
+        rate(*arguments)
+
+    stage_training.train, loop.set_rate = counting, acting
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def faulty_losses(not_finite: Container[int], jumps: Container[int] = ()) -> None:
+    """In this process: the loss is not a number at some steps, and fifty times what it is at others."""
+    from trivium import stage_training
+
+    train = stage_training.train
+
+    def faulty(task: Any, after_step: Any, done: int = 0) -> None:
+        at, real = [done], task.objective.compute
+
+        def batches(n: int) -> Any:
+            at[0] = n + 1
+            return task.batches(n)
+
+        def compute(logprob: Any, forest: Any, reference: Any) -> Any:
+            found = real(logprob, forest, reference)
+            factor = float("nan") if at[0] in not_finite else 50.0 if at[0] in jumps else 1.0
+            if factor != 1.0:
+                found.sum = found.sum * factor
+                found.stats = {k: v * factor for k, v in found.stats.items()}
+            return found
+
+        goal = dataclasses.replace(task.objective, compute=compute)
+        train(dataclasses.replace(task, objective=goal, batches=batches), after_step, done)
+
+    stage_training.train = faulty
 
 
 def write_rows(folder: Path, rows: int = 48) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import signal
@@ -10,28 +11,16 @@ from pathlib import Path
 
 import pytest
 import yaml
-from tests.crash.process import Process, events, result
+from tests.crash.process import Process, at_step, events, faulty_losses, result
 
 
 def interrupted(recipe: Path, at: int = 25) -> None:
     """A run that was stopped after step ``at``."""
 
-    def stopping() -> None:
-        import os
+    def stop() -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
 
-        from trivium.train import loop
-
-        rate, steps = loop.set_rate, [0]
-
-        def counting(*arguments):
-            steps[0] += 1
-            if steps[0] == at:
-                os.kill(os.getpid(), signal.SIGTERM)
-            rate(*arguments)
-
-        loop.set_rate = counting
-
-    ended = Process(recipe, meanwhile=stopping).wait()
+    ended = Process(recipe, meanwhile=lambda: at_step(at, stop)).wait()
     assert ended.code == 75, ended.said
     assert f"interrupted at step {at} of 60" in ended.said
 
@@ -50,8 +39,10 @@ EDITS = {
 }
 
 
+@pytest.mark.promise(10)
 @pytest.mark.parametrize("edit", EDITS)
-def test_changed_data_is_refused_and_named(edit, cell):
+def test_changed_data_is_refused_and_named(edit, cell, tried):
+    tried(changes=1)
     recipe = cell("sft-lora")
     interrupted(recipe)
     file = recipe.parent / "chats.jsonl"
@@ -70,6 +61,7 @@ def test_changed_data_is_refused_and_named(edit, cell):
     assert "goes on after step 25 of 60" in again.said
 
 
+@pytest.mark.promise(10)
 def test_changed_data_can_be_accepted(cell):
     recipe = cell("sft-lora")
     interrupted(recipe)
@@ -83,6 +75,7 @@ def test_changed_data_can_be_accepted(cell):
     assert "done before" in Process(recipe).wait().said
 
 
+@pytest.mark.promise(10)
 def test_new_data_for_a_finished_stage_is_meant_though_its_best_checkpoint_is_kept(cell):
     recipe = cell("sft-full", learning_rate=3e-2, eval_every=5)
     assert "its checkpoint is kept in" in Process(recipe).wait().said
@@ -120,6 +113,7 @@ def test_what_only_arranges_the_work_may_change_and_is_said(cell):
     assert "not to the last bit what an unbroken run gives: micro_batch_tokens 1024 → 64" in ended.said
 
 
+@pytest.mark.promise(4)
 def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(cell):
     whole = cell("preference-full")
     assert Process(whole).wait().code == 0
@@ -137,6 +131,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(cell):
     assert result(recipe) == result(whole)
 
 
+@pytest.mark.promise(4)
 def test_where_every_checkpoint_is_damaged_the_user_decides(cell):
     recipe = cell("sft-lora")
     interrupted(recipe)
@@ -152,6 +147,7 @@ def test_where_every_checkpoint_is_damaged_the_user_decides(cell):
     assert Process(recipe, "--fresh").wait().code == 0
 
 
+@pytest.mark.promise(4)
 def test_a_training_without_its_checkpoints_does_not_begin_again_in_silence(cell):
     recipe = cell("sft-lora")
     interrupted(recipe)
@@ -210,6 +206,7 @@ def test_the_parents_numbers_are_kept_by_what_they_are_of_and_mended(cell, monke
     assert len(list((tmp_path / "reference").iterdir())) <= 2
 
 
+@pytest.mark.promise(4)
 def test_a_finished_stage_that_is_damaged_is_not_built_upon(cell):
     recipe = cell("sft-full", save_every=None)
     read = yaml.safe_load(recipe.read_text(encoding="utf-8"))
@@ -233,37 +230,10 @@ def test_a_finished_stage_that_is_damaged_is_not_built_upon(cell):
 
 def poison(recipe: Path, steps: tuple[int, ...], *more: object):
     """A run whose loss is not a number at these steps."""
-
-    def poisoning() -> None:
-        from trivium.train import loop
-
-        train = loop.train
-        import trivium.stage_training as around
-
-        def poisoned(task, after_step, done=0):
-            import dataclasses
-
-            at, real = [done], task.objective.compute
-
-            def batches(n):
-                at[0] = n + 1
-                return task.batches(n)
-
-            def compute(logprob, forest, reference):
-                found = real(logprob, forest, reference)
-                if at[0] in steps:
-                    found.sum = found.sum * float("nan")
-                    found.stats = {k: v * float("nan") for k, v in found.stats.items()}
-                return found
-
-            goal = dataclasses.replace(task.objective, compute=compute)
-            return train(dataclasses.replace(task, objective=goal, batches=batches), after_step, done)
-
-        around.train = poisoned
-
-    return Process(recipe, *more, meanwhile=poisoning).wait()
+    return Process(recipe, *more, meanwhile=lambda: faulty_losses(steps)).wait()
 
 
+@pytest.mark.promise(6)
 def test_a_step_that_is_not_finite_stops_and_goes_on_from_there(cell):
     whole = cell("sft-lora")
     assert Process(whole).wait().code == 0
@@ -278,7 +248,8 @@ def test_a_step_that_is_not_finite_stops_and_goes_on_from_there(cell):
     assert result(recipe) == result(whole), "neither weights, moments nor the random state have seen it"
 
 
-def test_so_many_steps_may_be_left_out_and_each_is_counted(cell):
+@pytest.mark.promise(6, 19)
+def test_so_many_steps_may_be_left_out_and_each_is_counted(cell, tried):
     recipe = cell("sft-lora", skip_non_finite=2)
     ended = poison(recipe, (10, 30))
     assert ended.code == 0, ended.said
@@ -286,10 +257,12 @@ def test_so_many_steps_may_be_left_out_and_each_is_counted(cell):
     found = events(recipe)["skipped"]
     assert [s["step"] for s in found] == [10, 30]
     assert all(len(s["rows"]) == 4 for s in found)
+    tried(steps_left_out=2)
     assert "; 2 steps left out as not finite (10, 30)" in ended.said
     assert poison(cell("sft-lora", skip_non_finite=1), (10, 30)).code == 5
 
 
+@pytest.mark.promise(19)
 def test_steps_left_out_before_a_kill_still_count(cell):
     recipe = cell("sft-lora", skip_non_finite=1)
     assert poison(recipe, (10, 30)).code == 5

@@ -7,16 +7,14 @@ command runs again. `make test` takes every few of them, `make test-all` every o
 from __future__ import annotations
 
 import contextlib
-import os
 import random
 import re
 import shutil
 import subprocess
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.crash.disk import Dies, Full, PowerCut, put
+from tests.crash.disk import Dies, Full, PowerCut, operations, put
 from tests.crash.process import Process, left_over, result
 
 from trivium.train.checkpoint import steps_in
@@ -24,34 +22,19 @@ from trivium.train.checkpoint import steps_in
 SHORT = {"max_steps": 6, "save_every": 2, "keep_checkpoints": 1}
 EVERY = 29  # so manieth operation, where there is little time
 DISKS = {"dies": Dies, "full": Full, "power": PowerCut}
-
-
-def operations(recipe: Path) -> int:
-    """How many operations an unbroken run takes, once its data is prepared."""
-    reader, writer = os.pipe()
-
-    def tell(name: str, path: Path, act: Callable[[], object]) -> object:
-        os.write(writer, b".")
-        return act()
-
-    ended = Process(recipe, meanwhile=lambda: put(tell)).wait()
-    os.close(writer)
-    assert ended.code == 0, ended.said
-    count = len(os.read(reader, 1 << 16))
-    os.close(reader)
-    return count
+ABOUT = {"dies": (2, 5), "full": (3, 5), "power": (2, 5)}  # promises
 
 
 def checkpoints(recipe: Path) -> list[int]:
     return [s for folder in (recipe.parent / "out").glob("x.training/*") for s in steps_in(folder)]
 
 
-@pytest.mark.parametrize("disk", DISKS)
+@pytest.mark.parametrize("disk", [pytest.param(d, marks=pytest.mark.promise(*ABOUT[d])) for d in DISKS])
 @pytest.mark.parametrize(
     ("name", "every"),
     [("sft-lora", EVERY), *(pytest.param(n, 1, marks=pytest.mark.slow) for n in ("pretrain-full", "preference-full"))],
 )
-def test_every_operation_of_a_run(disk, name, every, cell):
+def test_every_operation_of_a_run(disk, name, every, cell, tried):
     assert Process(cell(name, **SHORT)).wait().code == 0
     whole = cell(name, **SHORT)
     total = operations(whole)
@@ -77,7 +60,7 @@ def test_every_operation_of_a_run(disk, name, every, cell):
         assert result(recipe) == expected, f"operation {k}"
         assert left_over(recipe.parent / "out") == []
         shutil.rmtree(recipe.parent)
-    print(f"{name}, {disk}: {len(range(first, total + 1, every))} of {total} operations")
+        tried(operations=1)
 
 
 @pytest.fixture
@@ -99,6 +82,7 @@ def small_disk(tmp_path: Path):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
+@pytest.mark.promise(3)
 def test_too_little_room_is_said_before_the_first_step(cell, small_disk):
     recipe = cell("sft-full", save_every=2)
     there = small_disk(3000)
@@ -113,6 +97,7 @@ def test_too_little_room_is_said_before_the_first_step(cell, small_disk):
     assert left_over(there) == []
 
 
+@pytest.mark.promise(3)
 @pytest.mark.parametrize("name", ["sft-full", "preference-full"])
 def test_a_real_disk_that_fills_up_meanwhile(name, cell, small_disk):
     whole = cell(name)

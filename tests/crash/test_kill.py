@@ -1,6 +1,6 @@
 """Promise 1: a run that is killed at any moment and started again ends in the bits of an unbroken one.
 
-Promise 15, that the same seed gives the same run, is what this rests on, and is looked at in the same place.
+What this rests on, that the same seed gives the same run, is promise 15 (`test_twice.py`).
 """
 
 from __future__ import annotations
@@ -8,12 +8,12 @@ from __future__ import annotations
 import os
 import random
 import signal
-import threading
 import time
 from collections import Counter
+from pathlib import Path
 
 import pytest
-from tests.crash.process import CELLS, Process, events, left_over, result
+from tests.crash.process import CELLS, Process, at_step, die, events, left_over, result
 
 from trivium.peft.settings import METHODS, PRESETS
 
@@ -31,11 +31,12 @@ def kill_until_done(recipe, rng: random.Random, most: float) -> int:
         kills += 1
 
 
+@pytest.mark.promise(1)
 @pytest.mark.parametrize(
     ("name", "kills"),
     [(n, 3) for n in QUICK] + [pytest.param(n, 50, marks=pytest.mark.slow) for n in CELLS],
 )
-def test_a_killed_run_ends_in_the_same_bits(name, kills, cell):
+def test_a_killed_run_ends_in_the_same_bits(name, kills, cell, tried):
     whole = cell(name)
     process = Process(whole)
     assert process.wait().code == 0
@@ -47,14 +48,15 @@ def test_a_killed_run_ends_in_the_same_bits(name, kills, cell):
         found = kill_until_done(recipe, rng, most=1.1 * took)
         assert result(recipe) == expected
         assert left_over(recipe.parent / "out") == []
-        assert events(recipe)["steps_repeated"] >= 0
+        assert events(recipe)["attempts"] <= found + 1
         survived += found
-    print(f"{name}: {survived} kills survived")
+        tried(kills=found, resumed_runs=1)
 
 
-def test_it_goes_on_rather_than_beginning_again(cell):
+@pytest.mark.promise(1)
+def test_it_goes_on_rather_than_beginning_again(cell, tried):
     recipe = cell("sft-lora", save_every=10)
-    assert Process(recipe, meanwhile=lambda: kill_at_step(25)).wait().killed
+    assert Process(recipe, meanwhile=lambda: at_step(25, die)).wait().killed
     ended = Process(recipe).wait()
     assert ended.code == 0, ended.said
     assert "goes on after step 20 of 60" in ended.said
@@ -63,11 +65,13 @@ def test_it_goes_on_rather_than_beginning_again(cell):
     whole = cell("sft-lora")
     assert Process(whole).wait().code == 0
     assert result(whole) == result(recipe), "nor does it matter how often it is saved"
+    tried(kills=1, resumed_runs=1)
 
 
 QUICK_METHODS = ("pissa", "qlora", "prefix")  # what starts from the base itself, by computing on it or packing it
 
 
+@pytest.mark.promise(1)
 @pytest.mark.parametrize(
     "method",
     [
@@ -75,76 +79,76 @@ QUICK_METHODS = ("pissa", "qlora", "prefix")  # what starts from the base itself
         *(pytest.param(n, marks=pytest.mark.slow) for n in (*METHODS, *PRESETS) if n not in QUICK_METHODS),
     ],
 )
-def test_every_method_goes_on_in_the_same_bits(method, cell):
+def test_every_method_goes_on_in_the_same_bits(method, cell, tried):
     sizes = {"pissa": {"r": 4}, "olora": {"r": 4}, "compacter": {"r": 4}, "prompt": {"num_virtual_tokens": 4},
              "prefix": {"num_virtual_tokens": 4}, "top_layers": {"layers": 1}}  # fmt: skip
     changed = {"method": {"name": method, **sizes.get(method, {})}, "max_steps": 12, "save_every": 2}
     whole, recipe = cell("sft-lora", **changed), cell("sft-lora", **changed)
     assert Process(whole).wait().code == 0
-    killed = Process(recipe, meanwhile=lambda: kill_at_step(8)).wait()
+    killed = Process(recipe, meanwhile=lambda: at_step(8, die)).wait()
     assert killed.killed, killed.said
     ended = Process(recipe).wait()
     assert ended.code == 0, ended.said
     assert "goes on after step " in ended.said
     assert result(recipe) == result(whole)
+    tried(kills=1, resumed_runs=1)
 
 
-def kill_at_step(number: int) -> None:
-    """In this process, before its update, when what it saves is written: a disk's pace is not tested."""
-    from trivium.train import loop
+def tell_rows(recipe: Path, processes: int) -> None:
+    """In this process: the rows of each step go into a file, and so many processes prepare the data."""
+    from trivium.data import prepare
+    from trivium.train.log import TrainingLog
 
-    rate, steps = loop.set_rate, [0]
+    os.environ["TRIVIUM_CACHE"] = str(recipe.parent / "cache")  # else it would find them prepared
+    if processes:
+        workers = prepare.Workers
+        prepare.LITTLE, prepare.cores = 0, lambda: 4
+        prepare.Workers = lambda maker, count: workers(maker, processes)
+    step = TrainingLog.step
 
-    def dying(*arguments):
-        steps[0] += 1
-        if steps[0] == number:
-            for thread in threading.enumerate():
-                if thread.name == "checkpoint":
-                    thread.join()
-            os.kill(os.getpid(), signal.SIGKILL)
-        rate(*arguments)
+    def writing(self, log, spike=False):
+        with (recipe.parent / "rows.txt").open("a", encoding="utf-8") as file:
+            file.write(f"{log.step} {', '.join(log.rows)}\n")
+        step(self, log, spike)
 
-    loop.set_rate = dying
+    TrainingLog.step = writing
 
 
-def test_every_example_exactly_once_per_epoch_however_often_it_is_killed(cell):
-    """Promise 9: the rows of each step, in order, are those of an unbroken run, and each epoch has every row once."""
+def told_rows(recipe: Path) -> dict[int, list[str]]:
+    """The rows of each step by name; a step that was done again had the same."""
+    seen: dict[int, list[str]] = {}
+    for line in (recipe.parent / "rows.txt").read_text(encoding="utf-8").splitlines():
+        step, rows = line.split(" ", 1)
+        names = [row.rpartition("/")[2] for row in rows.split(", ")]
+        assert seen.setdefault(int(step), names) == names, "a step that is done again has the same rows"
+    return seen
 
-    def told(recipe) -> dict[int, list[str]]:
-        """The rows of each step by name; of a step that was done again, both times."""
-        seen: dict[int, list[str]] = {}
-        for line in (recipe.parent / "rows.txt").read_text(encoding="utf-8").splitlines():
-            step, rows = line.split(" ", 1)
-            names = [row.rpartition("/")[2] for row in rows.split(", ")]
-            assert seen.setdefault(int(step), names) == names, "a step that is done again has the same rows"
-        return seen
 
-    def telling(recipe) -> None:
-        from trivium.train.log import TrainingLog
-
-        step = TrainingLog.step
-
-        def writing(self, log, spike=False):
-            with (recipe.parent / "rows.txt").open("a", encoding="utf-8") as file:
-                file.write(f"{log.step} {', '.join(log.rows)}\n")
-            step(self, log, spike)
-
-        TrainingLog.step = writing
-
-    whole, killed = cell("sft-lora"), cell("sft-lora")
-    assert Process(whole, meanwhile=lambda: telling(whole)).wait().code == 0
-    rng, kills = random.Random(3), 0
-    while True:
-        process = Process(killed, meanwhile=lambda: telling(killed))
-        if kills < 3:
-            process.wait_for("held-out loss")
-        ended = process.wait(rng.uniform(0, 0.4) if kills < 3 else 60, then=signal.SIGKILL)
-        kills += ended.killed
-        if not ended.killed:
-            break
-    assert told(killed) == told(whole)
-    assert sorted(told(whole)) == list(range(1, 61))
-    stream = [row for step in range(1, 61) for row in told(whole)[step]]
-    seen = Counter(stream)
+@pytest.mark.promise(9)
+@pytest.mark.parametrize(
+    ("processes", "kills"), [(0, 3), *(pytest.param(n, 10, marks=pytest.mark.slow) for n in (0, 1, 4))]
+)
+def test_every_example_exactly_once_per_epoch_however_often_it_is_killed(processes, kills, cell, tried):
+    """The rows of each step, in order, are those of an unbroken run, and each epoch has every row once."""
+    whole = cell("sft-lora")
+    assert Process(whole, meanwhile=lambda: tell_rows(whole, 0)).wait().code == 0
+    expected = told_rows(whole)
+    assert sorted(expected) == list(range(1, 61))
+    seen = Counter(row for rows in expected.values() for row in rows)
     assert len(seen) == 43
     assert max(seen.values()) - min(seen.values()) <= 1
+    rng, survived = random.Random(processes), 0
+    while survived < kills:
+        killed = cell("sft-lora")
+        while True:
+            process = Process(killed, meanwhile=lambda killed=killed: tell_rows(killed, processes))
+            if survived % 3:  # every third dies while its data is prepared, or before
+                process.wait_for("epochs of")
+            ended = process.wait(rng.uniform(0, 0.4) if survived < kills else 60, then=signal.SIGKILL)
+            if not ended.killed:
+                break
+            survived += 1
+        assert ended.code == 0, ended.said
+        assert told_rows(killed) == expected
+        tried(examples=sum(seen.values()))
+    tried(kills=survived)

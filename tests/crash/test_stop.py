@@ -6,12 +6,17 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import time
 from pathlib import Path
 
 import pytest
+from tests.crash.disk import Asked, operations, put
 from tests.crash.process import Process, events, left_over, result
+
+from trivium.errors import BusyError
+from trivium.lock import only_run
 
 SAVED = re.compile(
     r"error: interrupted at step (\d+) of 60 of x, which is saved\n  run the same command again to go on\n$"
@@ -34,6 +39,7 @@ def expected(base):
     return of
 
 
+@pytest.mark.promise(11)
 @pytest.mark.parametrize(
     ("number", "times", "moments"),
     [
@@ -43,7 +49,7 @@ def expected(base):
         *(pytest.param(n, t, 30, marks=pytest.mark.slow) for n in (signal.SIGTERM, signal.SIGINT) for t in (1, 2)),
     ],
 )
-def test_a_signal_at_any_moment_loses_nothing(number, times, moments, cell, expected):
+def test_a_signal_at_any_moment_loses_nothing(number, times, moments, cell, expected, tried):
     """Sent after the first step; twice: the second follows at once. Nothing that was trained is trained again."""
     rng, name = random.Random(f"{number}{times}"), "sft-lora"
     for _ in range(moments):
@@ -56,6 +62,7 @@ def test_a_signal_at_any_moment_loses_nothing(number, times, moments, cell, expe
             time.sleep(rng.uniform(0, 0.02))
         asked = time.monotonic()
         ended = process.wait()
+        tried(signals=times)
         assert "Traceback" not in ended.said, ended.said
         if ended.code == 0:
             continue  # it was done before it heard
@@ -71,6 +78,36 @@ def test_a_signal_at_any_moment_loses_nothing(number, times, moments, cell, expe
         assert result(recipe) == expected(name, cell)
 
 
+@pytest.mark.promise(11)
+@pytest.mark.parametrize(
+    ("number", "times", "every"),
+    [
+        (signal.SIGTERM, 2, 29),
+        *(pytest.param(n, t, 1, marks=pytest.mark.slow) for n, t in ((signal.SIGTERM, 1), (signal.SIGINT, 2))),
+    ],
+)
+def test_a_signal_at_any_operation_on_the_disk(number, times, every, cell, tried):
+    """Before the first step, inside each save, and while the result is written; once, and twice at once."""
+    short = {"max_steps": 6, "save_every": 2, "keep_checkpoints": 1}
+    assert Process(cell("sft-lora", **short)).wait().code == 0
+    whole = cell("sft-lora", **short)
+    total = operations(whole)
+    expected, first = result(whole), 1 + random.Random(number).randrange(every)
+    for k in range(first, total + 1, every):
+        recipe = cell("sft-lora", **short)
+        ended = Process(recipe, meanwhile=lambda k=k: put(Asked(k, number, times))).wait()
+        tried(signals=times, operations=1)
+        assert ended.code in (0, 75), f"operation {k}: {ended.said}"
+        assert "Traceback" not in ended.said, f"operation {k}: {ended.said}"
+        assert left_over(recipe.parent / "out") == [], f"operation {k}"
+        again = Process(recipe).wait()
+        assert again.code == 0, f"operation {k}: {again.said}"
+        assert events(recipe)["steps_repeated"] == 0, f"operation {k}"
+        assert result(recipe) == expected, f"operation {k}"
+        shutil.rmtree(recipe.parent)
+
+
+@pytest.mark.promise(11)
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_before_the_first_step(number, cell):
     recipe = cell("sft-lora")
@@ -84,6 +121,7 @@ def test_a_signal_before_the_first_step(number, cell):
     assert left_over(recipe.parent / "out") == []
 
 
+@pytest.mark.promise(11)
 def test_a_signal_that_a_library_turns_into_its_own_error(cell):
     """As an import does that is interrupted; and what follows while the process ends changes the exit code no more."""
     recipe = cell("sft-lora")
@@ -115,6 +153,7 @@ def test_a_signal_that_a_library_turns_into_its_own_error(cell):
     assert "finished stages and checkpoints are kept" in ended.said
 
 
+@pytest.mark.promise(11)
 def test_a_signal_amid_a_save(cell, expected):
     recipe = cell("sft-lora", save_every=4)
 
@@ -138,6 +177,7 @@ def test_a_signal_amid_a_save(cell, expected):
     assert result(recipe) == expected("sft-lora", cell)
 
 
+@pytest.mark.promise(11)
 def test_a_signal_amid_an_evaluation_does_not_wait_for_its_end(cell, expected):
     recipe = cell("preference-lora", save_every=50)
 
@@ -211,6 +251,7 @@ def test_a_clock_that_jumps_changes_nothing(cell, expected):
 # --- two runs
 
 
+@pytest.mark.promise(14)
 def test_a_second_run_is_refused_with_who_is_there(cell):
     recipe = cell("sft-lora", max_steps=2000)
     first = Process(recipe)
@@ -222,6 +263,50 @@ def test_a_second_run_is_refused_with_who_is_there(cell):
     assert first.wait().code == 75
 
 
+@pytest.mark.promise(14)
+def test_of_several_that_start_at_once_one_runs(tmp_path, tried):
+    """Fifty times three, half of them where a run has died; whoever is refused is told who is there."""
+    for number in range(50):
+        if number % 2:
+            (tmp_path / ".lock").write_text('{"pid": 1, "host": "elsewhere"}', encoding="utf-8")
+        (gate, opens), (over, ends), (reader, writer) = os.pipe(), os.pipe(), os.pipe()
+        children = [child for _ in range(3) if (child := starts(tmp_path, gate, opens, over, ends, writer))]
+        os.close(opens)
+        said = b""
+        while said.count(b"\n") < 3:
+            said += os.read(reader, 4096)
+        told = said.decode().splitlines()
+        os.close(ends)
+        for child in children:
+            os.waitpid(child, 0)
+        for handle in (gate, over, reader, writer):
+            os.close(handle)
+        ran = [line.split()[1] for line in told if line.startswith("ran ")]
+        assert len(ran) == 1, told
+        refused = [line for line in told if line.startswith("refused ") and f"(process {ran[0]} on " in line]
+        assert len(refused) == 2, told
+        assert not (tmp_path / ".lock").exists()
+        tried(starts=3)
+
+
+def starts(folder: Path, gate: int, opens: int, over: int, ends: int, writer: int) -> int:
+    """A process that takes the folder when ``gate`` is opened, tells what came of it, and keeps it until ``over``."""
+    if child := os.fork():
+        return child
+    os.close(opens)
+    os.close(ends)
+    os.read(gate, 1)
+    try:
+        with only_run(folder):
+            os.write(writer, f"ran {os.getpid()}\n".encode())
+            os.read(over, 1)
+    except BusyError as error:
+        os.write(writer, f"refused {error.what}\n".encode())
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.promise(14)
 def test_a_stale_lock_is_recognised(cell):
     recipe = cell("sft-lora", max_steps=2000)
     first = Process(recipe)

@@ -18,6 +18,8 @@ from trivium.data.rows import Mix
 from trivium.data.templates import chat_template
 from trivium.data.tokenizer import train_tokenizer
 
+pytestmark = pytest.mark.promise(7)
+
 ROWS, EACH = 10_000, 20
 LIMIT = 200
 
@@ -105,7 +107,7 @@ def named(places: list[BadPlace]) -> dict[int, str]:
     return {place.line: place.reason for place in places}
 
 
-def test_every_bad_row_is_named_and_every_row_accounted_for(hostile: tuple[Path, dict[int, str]]) -> None:
+def test_every_bad_row_is_named_and_every_row_accounted_for(hostile: tuple[Path, dict[int, str]], tried: Any) -> None:
     path, bad = hostile
     made = tokenizer()
     done = prepare(path, kind="conversation", tokenizer=made, template=chat_template(made), max_length=LIMIT,
@@ -118,6 +120,7 @@ def test_every_bad_row_is_named_and_every_row_accounted_for(hostile: tuple[Path,
         word = {"huge": "a line of 33,554,446 bytes", "cut": "cut off"}.get(kind) or BAD[kind][1]
         assert word in found[line], (line, kind, found[line])
     assert (ledger.read, ledger.used, ledger.over_long, ledger.set_aside) == (ROWS, ROWS - 300, EACH, 300 - EACH)
+    tried(rows=ROWS, bad_rows=len(found))
     assert [e.origin for e in done.examples[:2]] == [f"{path}:{n}" for n in range(2, 9) if n not in bad][:2]
 
 

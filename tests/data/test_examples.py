@@ -189,6 +189,7 @@ def test_rows_in_memory_are_rows_of_a_file_without_a_name(tmp_path: Path) -> Non
     assert here.ledger.source == "mine"
 
 
+@pytest.mark.promise(8)
 def test_nothing_to_learn_says_what_to_do(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no rows in"):
         run(write(tmp_path, []), "text")

@@ -38,6 +38,7 @@ def steps(order: RunOrder) -> list[list[int]]:
 
 @given(plans())
 @settings(max_examples=200, deadline=None)
+@pytest.mark.promise(9)
 def test_every_example_exactly_once_per_epoch(plan):
     sizes, batching = plan
     order = RunOrder(sizes, batching)
@@ -79,6 +80,7 @@ def test_steps_are_as_many_and_as_large_as_asked(plan):
 
 @given(plans())
 @settings(max_examples=50, deadline=None)
+@pytest.mark.promise(9)
 def test_the_plan_is_a_pure_function(plan):
     sizes, batching = plan
     one = [RunOrder(sizes, batching)[n] for n in range(len(RunOrder(sizes, batching)))]
@@ -89,6 +91,7 @@ def test_the_plan_is_a_pure_function(plan):
 
 @given(SIZES, st.integers(1, 120))
 @settings(max_examples=200, deadline=None)
+@pytest.mark.promise(9)
 def test_packing_loses_nothing_and_keeps_to_the_limit(sizes, limit):
     chosen = [*range(len(sizes)), *range(0, len(sizes), 3)]  # a step across two epochs may hold an example twice
     batches = pack(chosen, sizes, limit)

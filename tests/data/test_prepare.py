@@ -64,16 +64,22 @@ def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path / "cache"))
 
 
+@pytest.mark.promise(9)
 @pytest.mark.usefixtures("small")
-def test_any_number_of_processes_gives_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("processes", [1, 4])
+def test_any_number_of_processes_gives_the_same(
+    processes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tried: Any
+) -> None:
     file = write(tmp_path / "a.jsonl", [*map(chat, range(300)), "{broken", {"messages": []}])
     here = run(file)
     assert len(here.examples.store.parts) > 10
     shutil.rmtree(tmp_path / "cache")
     monkeypatch.setattr(preparing, "LITTLE", 0)
-    monkeypatch.setattr(preparing, "cores", lambda: 3)
+    monkeypatch.setattr(preparing, "cores", lambda: 4)
+    monkeypatch.setattr(preparing, "Workers", lambda maker, _: Workers(maker, processes))
     there = run(file)
     assert same(here, there)
+    tried(examples=len(there.examples))
     assert same(here, run(Listed([json.loads(line) for line in file.read_text().splitlines()[:300]]))) is False
     assert [p.line for p in there.ledger.bad()] == [301, 302]
 
@@ -167,6 +173,7 @@ def ask(work: Workers, first: int = 1) -> dict[str, Any]:
     return work.submit(job).result()[0]
 
 
+@pytest.mark.promise(9, 19)
 @pytest.mark.parametrize("at", ["idle", "starting"])
 def test_a_process_that_dies_is_replaced_said_and_counted(at: str, capsys: Any) -> None:
     work = Workers(Maker(Spec("conversation", 512), TEMPLATE.encoder, TEMPLATE), 2)
@@ -213,6 +220,7 @@ def test_a_cache_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.Monk
     assert "TRIVIUM_CACHE says where else" in capsys.readouterr().err
 
 
+@pytest.mark.promise(8, 19)
 @pytest.mark.parametrize("how", ["truncate_left", "truncate_right"])
 def test_rows_cut_on_request_say_what_it_costs(how: Any) -> None:
     rows = [
@@ -251,6 +259,7 @@ def test_pairs_cut_from_the_left_keep_one_prompt() -> None:
     assert "its answers alone have more than 30 tokens" in next(iter(done.ledger.bad())).reason
 
 
+@pytest.mark.promise(8)
 def test_over_long_rows_stop_a_run_that_does_not_say_what_becomes_of_them() -> None:
     rows = Listed([chat(1), chat(4)])
     told = r"1 of 2 rows have more than 100 tokens \(first rows:2: .*\n.*on_overflow: drop"

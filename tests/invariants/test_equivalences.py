@@ -1,15 +1,17 @@
-"""What may not change a run, over 50 steps of the real loop on a tiny model (promise 16).
+"""What may not change a run, over 100 steps of the real loop on a tiny model in float32 (promise 16).
 
 Accumulation, packing and sharing only arrange the same sums in another order, which in float32 makes some 1e-7 per
-step; training carries that on. Over 50 steps losses are held to 1e-6 relative (2.5e-7 was the most on the CPU) and
-gradient norms to 5e-6 (1.2e-6 was the most). What is the same arithmetic in
-the same order, the same seed twice and recomputed layers, is held to be bitwise the same.
+step; training carries that on. Over 100 steps losses and gradient norms are held to 1e-6 relative (4e-7 and 6e-7 were
+the most on the CPU). How far training carries it depends on the rate: with everything trained at 3e-3 instead of 5e-4,
+norms come to differ by 7e-6. What is the same arithmetic in the same order, the same seed twice and recomputed layers,
+is held to be bitwise the same.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -33,10 +35,12 @@ from trivium.train.recompute import recomputed
 from trivium.train.reference import Remembered, UnderParent, no_reference
 from trivium.train.schedule import factor
 
-STEPS = 50
-LOSS, NORM = 1e-6, 5e-6
+STEPS = 100
+LOSS, NORM = 1e-6, 1e-6
+RATES = {"full": 5e-4, "lora": 3e-3, "bottleneck": 3e-3}  # where all learn well
 METHODS = {"full": FullSettings(), "lora": LoRASettings(r=4), "bottleneck": BottleneckSettings(r=8)}
-CELLS = [(goal, method) for goal in ("next_token", "dpo") for method in METHODS]
+GOALS = {"pretrain": "next_token", "sft": "next_token", "preference": "dpo"}
+CELLS = [(stage, method) for stage in GOALS for method in METHODS]
 VOCABULARY = 64
 
 
@@ -45,18 +49,28 @@ def cells(*quick: tuple[str, str]) -> list:
     return [pytest.param(*c, marks=[] if c in quick else [pytest.mark.slow], id="-".join(c)) for c in CELLS]
 
 
-SOME = cells(("next_token", "full"), ("next_token", "bottleneck"), ("dpo", "lora"))
-OTHERS = cells(("next_token", "lora"), ("dpo", "full"), ("dpo", "bottleneck"))
+SOME = cells(("pretrain", "full"), ("preference", "lora"))
+OTHERS = cells(("sft", "lora"), ("preference", "bottleneck"))
 
 
-def texts(count: int = 40) -> list[Example]:
+def documents(count: int = 40) -> list[Example]:
+    """Texts of which every token but the first is trained."""
+    rng = np.random.default_rng(0)
+    rows = [rng.integers(0, VOCABULARY, rng.integers(5, 30)) for _ in range(count)]
+    return [Example((TokenSequence(r, np.r_[0, np.ones(len(r) - 1)].astype(np.float32)),), f"rows:{n}")
+            for n, r in enumerate(rows)]  # fmt: skip
+
+
+def conversations(count: int = 40) -> list[Example]:
+    """Two turns whose answers are trained, half of them behind one system prompt."""
     rng = np.random.default_rng(1)
-    found = []
+    system, found = rng.integers(0, VOCABULARY, 12), []
     for number in range(count):
-        row = rng.integers(0, VOCABULARY, rng.integers(5, 30))
-        weights = (rng.random(len(row)) < 0.8).astype(np.float32)
-        weights[1] = 1.0
-        found.append(Example((TokenSequence(row, weights),), f"rows:{number}"))
+        parts = [rng.integers(0, VOCABULARY, rng.integers(2, 8)) for _ in range(4)]
+        trained = np.concatenate([np.full(len(p), n % 2, np.float32) for n, p in enumerate(parts)])
+        front = system if number % 2 else system[:0]
+        row = TokenSequence(np.concatenate([front, *parts]), np.r_[np.zeros(len(front), np.float32), trained])
+        found.append(Example((row,), f"rows:{number}"))
     return found
 
 
@@ -73,7 +87,7 @@ def preferences(count: int = 40) -> list[Example]:
     return found
 
 
-EXAMPLES = {"next_token": texts(), "dpo": preferences()}
+EXAMPLES = {"pretrain": documents(), "sft": conversations(), "preference": preferences()}
 
 
 @dataclass
@@ -108,8 +122,8 @@ def tiny() -> nn.Module:
     return new_model(config, seed=0).eval()
 
 
-def run(goal_name: str, method: str, setting: Setting, steps: int = STEPS) -> Outcome:
-    goal, examples = objective({"loss": goal_name, "beta": 0.1}), EXAMPLES[goal_name]
+def run(stage: str, method: str, setting: Setting, steps: int = STEPS) -> Outcome:
+    goal, examples = objective({"loss": GOALS[stage], "beta": 0.1}), EXAMPLES[stage]
     hf = tiny()
     attach(hf, METHODS[method], seed=1)
     model = wrap(hf, None, "float32", torch.float32)
@@ -132,12 +146,12 @@ def run(goal_name: str, method: str, setting: Setting, steps: int = STEPS) -> Ou
         task = Task(
             objective=goal,
             logprob=model.logprob,
-            reference=reference_of(goal_name, method, model, examples),
+            reference=reference_of(stage, method, model, examples),
             batches=batches,
             steps=steps,
             rate=lambda n: factor(n, steps, "cosine", 0.1),
             optimizers=build_optimizers(
-                hf, {n for n, _ in hf.named_parameters() if ".layers." in n}, setting.optimizer, 3e-3, 0.1
+                hf, {n for n, _ in hf.named_parameters() if ".layers." in n}, setting.optimizer, RATES[method], 0.1
             ),
             max_grad_norm=1.0,
         )
@@ -155,8 +169,8 @@ def run(goal_name: str, method: str, setting: Setting, steps: int = STEPS) -> Ou
     )
 
 
-def reference_of(goal_name: str, method: str, model: LanguageModel, examples: list[Example]):
-    if goal_name != "dpo":
+def reference_of(stage: str, method: str, model: LanguageModel, examples: list[Example]):
+    if stage != "preference":
         return no_reference
     if method == "full":
         return Remembered(model.logprob, [lay_out(examples)])
@@ -172,11 +186,11 @@ def reference_of(goal_name: str, method: str, model: LanguageModel, examples: li
 CACHE: dict[tuple[str, str], Outcome] = {}
 
 
-def plain(goal: str, method: str) -> Outcome:
+def plain(stage: str, method: str) -> Outcome:
     """The run that others are compared with: one micro-batch a step, shared, nothing recomputed."""
-    if (goal, method) not in CACHE:
-        CACHE[goal, method] = run(goal, method, Setting())
-    return CACHE[goal, method]
+    if (stage, method) not in CACHE:
+        CACHE[stage, method] = run(stage, method, Setting())
+    return CACHE[stage, method]
 
 
 def apart(one: Outcome, other: Outcome) -> tuple[float, float]:
@@ -187,74 +201,87 @@ def apart(one: Outcome, other: Outcome) -> tuple[float, float]:
     return losses, norms
 
 
-def assert_same(one: Outcome, other: Outcome) -> None:
+def assert_same(one: Outcome, other: Outcome, tried: Callable[..., None]) -> None:
     losses, norms = apart(one, other)
+    tried(steps_compared=len(one.losses))
     assert losses < LOSS
     assert norms < NORM
 
 
-@pytest.mark.parametrize(("goal", "method"), CELLS)
-def test_it_learns_at_all(goal, method):
+@pytest.mark.parametrize(
+    ("stage", "method"), cells(("sft", "lora"), ("preference", "full"), ("pretrain", "bottleneck"))
+)
+def test_it_learns_at_all(stage, method):
     """Else the comparisons below would compare standstill with standstill."""
-    losses = plain(goal, method).losses
+    losses = plain(stage, method).losses
     assert losses[-5:].mean() < 0.97 * losses[:5].mean()
 
 
-@pytest.mark.parametrize(("goal", "method"), SOME)
-def test_accumulation(goal, method):
-    """Micro-batches of about one example each against one of all eight."""
-    one, eight = plain(goal, method), run(goal, method, Setting(micro_batch_tokens=40))
+@pytest.mark.promise(16)
+@pytest.mark.parametrize(("stage", "method"), SOME)
+def test_accumulation(stage, method, tried):
+    """Micro-batches of one example each against one of all eight."""
+    one, eight = plain(stage, method), run(stage, method, Setting(alone=True))
     assert one.micro_batches == STEPS
-    assert eight.micro_batches > 3 * STEPS
-    assert_same(one, eight)
+    assert eight.micro_batches == 8 * STEPS
+    assert_same(one, eight, tried)
     assert [log.examples for log in one.logs] == [log.examples for log in eight.logs] == [8] * STEPS
 
 
-@pytest.mark.parametrize(("goal", "method"), OTHERS)
-def test_packing_and_sharing(goal, method):
+@pytest.mark.promise(16)
+@pytest.mark.parametrize(("stage", "method"), OTHERS)
+def test_packing_and_sharing(stage, method, tried):
     """The forest against padded rows of one example at a time, in the model's own attention."""
-    packed, separate = plain(goal, method), run(goal, method, Setting(alone=True, share=False, layout="rows"))
+    packed, separate = plain(stage, method), run(stage, method, Setting(alone=True, share=False, layout="rows"))
     assert separate.micro_batches == 8 * STEPS
-    assert_same(packed, separate)
+    assert_same(packed, separate, tried)
 
 
-@pytest.mark.parametrize("method", ["full", pytest.param("lora", marks=pytest.mark.slow), "bottleneck"])
-def test_sharing(method):
-    shared, unshared = plain("dpo", method), run("dpo", method, Setting(share=False))
-    assert shared.tokens < 0.7 * unshared.tokens, "it must have shared something"
-    assert_same(shared, unshared)
+@pytest.mark.promise(16)
+@pytest.mark.parametrize(("stage", "method"), [c for c in SOME if c.values[0] != "pretrain"])
+def test_sharing(stage, method, tried):
+    """Beginnings that examples have in common, once or in each; documents have none."""
+    shared, unshared = plain(stage, method), run(stage, method, Setting(share=False))
+    assert shared.tokens < (0.7 if stage == "preference" else 0.9) * unshared.tokens, "it must have shared something"
+    assert_same(shared, unshared, tried)
 
 
-@pytest.mark.parametrize(("goal", "method"), OTHERS)
-def test_recomputing_layers(goal, method):
+@pytest.mark.promise(16)
+@pytest.mark.parametrize(("stage", "method"), OTHERS)
+def test_recomputing_layers(stage, method, tried):
     """Bitwise: it is the same arithmetic, done twice; that it was done twice is counted."""
-    kept, again = plain(goal, method), run(goal, method, Setting(recompute=True))
-    passes = 2 if goal == "dpo" and method != "full" else 1  # the parent's pass, gradient-free and so never repeated
+    kept, again = plain(stage, method), run(stage, method, Setting(recompute=True))
+    passes = 2 if stage == "preference" and method != "full" else 1  # the parent's, gradient-free, is never repeated
     assert kept.layer_runs == passes * STEPS
     assert again.layer_runs == (passes + 1) * STEPS
     assert (kept.losses == again.losses).all()
+    assert (kept.norms == again.norms).all()
     assert all(torch.equal(w, again.weights[n]) for n, w in kept.weights.items())
+    tried(steps_compared=STEPS)
 
 
-@pytest.mark.parametrize(("goal", "method"), CELLS)
-def test_the_same_seed_twice_is_bitwise_the_same(goal, method):
-    one, other = plain(goal, method), run(goal, method, Setting())
+@pytest.mark.promise(15)
+@pytest.mark.parametrize(("stage", "method"), SOME)
+def test_the_same_seed_twice_is_bitwise_the_same(stage, method, tried):
+    one, other = plain(stage, method), run(stage, method, Setting())
     assert (one.losses == other.losses).all()
     assert (one.norms == other.norms).all()
     assert all(torch.equal(w, other.weights[n]) for n, w in one.weights.items())
-    third = run(goal, method, Setting(seed=1), steps=3)
+    third = run(stage, method, Setting(seed=1), steps=3)
     assert (third.losses != one.losses[:3]).any(), "another seed is another order"
+    tried(steps_compared=STEPS)
 
 
-def test_muon_with_accumulation():
-    one, eight = (run("next_token", "full", Setting(t, optimizer="muon"), steps=20) for t in (10_000, 40))
-    assert_same(one, eight)
-    assert (one.losses != plain("next_token", "full").losses[:20]).any()
+@pytest.mark.promise(16)
+def test_muon_with_accumulation(tried):
+    one, eight = (run("pretrain", "full", Setting(alone=a, optimizer="muon"), steps=20) for a in (False, True))
+    assert_same(one, eight, tried)
+    assert (one.losses != run("pretrain", "full", Setting(), steps=20).losses).any()
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_dpo_starts_at_ln_2_and_measures_against_the_parent(method):
-    logs = plain("dpo", method).logs
+    logs = plain("preference", method).logs
     assert logs[0].loss == pytest.approx(np.log(2), abs=1e-6)
     assert logs[0].stats["accuracy"] == 0.5 or method == "full"
     assert np.mean([log.stats["margin"] for log in logs[-10:]]) > 0.1
@@ -265,7 +292,7 @@ def test_a_micro_batch_without_a_trained_token_is_no_accident():
     hf = tiny()
     model = wrap(copy.deepcopy(hf), None, "float32", torch.float32)
     empty = Example((TokenSequence(np.arange(9), np.zeros(9, np.float32)),), "empty")
-    trained = EXAMPLES["next_token"][0]
+    trained = EXAMPLES["pretrain"][0]
     logs: list[StepLog] = []
     with model.laid_out("forest"):
         for groups in ([[empty], [trained]], [[trained]]):

@@ -91,6 +91,7 @@ def same(one: dict, other: dict) -> bool:
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
 
 
+@pytest.mark.promise(17)
 def test_start_is_the_base_bitwise(base, settings, logits):
     before = logits(base)
     attached = attach(base, settings, seed=0)
@@ -101,6 +102,7 @@ def test_start_is_the_base_bitwise(base, settings, logits):
     assert all(delta.starts_as_base != elsewhere for delta in deltas(base).values())
 
 
+@pytest.mark.promise(17)
 def test_off_is_the_base_bitwise_after_training(base, settings, logits, train):
     before, names = logits(base), set(base.state_dict())
     weights = {name: tensor.clone() for name, tensor in base.state_dict().items()}
@@ -117,6 +119,7 @@ def test_off_is_the_base_bitwise_after_training(base, settings, logits, train):
     assert not any(module._forward_hooks for module in base.modules())
 
 
+@pytest.mark.promise(17)
 def test_off_is_undone_after_an_error(model, logits, train):
     train(model)
     after = logits(model)
@@ -140,6 +143,7 @@ def test_every_delta_learns(model, train):
     assert not [name for name in before if torch.equal(before[name], after[name])]
 
 
+@pytest.mark.promise(17)
 def test_saved_and_loaded_is_bitwise(base, settings, logits, train, tmp_path):
     fresh = copy.deepcopy(base)
     made = attach(base, settings, seed=0)
@@ -172,6 +176,7 @@ def test_a_loaded_adapter_goes_on_under_the_same_settings(base, settings, tmp_pa
         assert not [other for other in others if continues(model, other)]
 
 
+@pytest.mark.promise(17)
 def test_swapped_restores_bitwise(model, logits, train, tokens):
     parent, at_start = state(model), logits(model)
     train(model)
@@ -202,6 +207,7 @@ def test_a_pass_under_swapped_weights_does_not_disturb_a_backward(model, logits,
     assert same(gradients(True), gradients(False))
 
 
+@pytest.mark.promise(17)
 def test_load_state_restores(model, logits, train):
     start, before = state(model), logits(model)
     train(model)
@@ -275,6 +281,7 @@ def test_counts_are_what_is_there(base, settings):
     assert attached.targets == list(deltas(base))
 
 
+@pytest.mark.promise(17)
 @pytest.mark.parametrize("name", MERGED)
 def test_merged_is_the_adapter(base, name, logits, train):
     attach(base, SETTINGS[name], seed=0)
@@ -286,6 +293,7 @@ def test_merged_is_the_adapter(base, name, logits, train):
     assert list(base.state_dict()) == names
 
 
+@pytest.mark.promise(17)
 @pytest.mark.parametrize("name", REFUSED)
 def test_what_cannot_be_merged_says_so(base, name, train, logits):
     attach(base, SETTINGS[name], seed=0)
@@ -296,6 +304,7 @@ def test_what_cannot_be_merged_says_so(base, name, train, logits):
     assert torch.equal(logits(base), before)
 
 
+@pytest.mark.promise(17)
 def test_biases_merge_where_there_are_any(base, train, logits):
     attach(base, SETTINGS["bitfit"], seed=0)
     train(base)
@@ -311,6 +320,7 @@ def test_biases_merge_where_there_are_any(base, train, logits):
 QUANTIZED = [name for name, kind in SETTINGS.items() if hasattr(kind, "quantize")]
 
 
+@pytest.mark.promise(17)
 @pytest.mark.parametrize("how", ["nf4", "int8"])
 @pytest.mark.parametrize("name", QUANTIZED)
 def test_on_a_quantised_base(tiny, name, how, logits, loss, train, tmp_path):

@@ -92,6 +92,7 @@ def read_by_peft(base, folder):
         return peft.PeftModel.from_pretrained(theirs, folder).eval()
 
 
+@pytest.mark.promise(17)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("name", METHODS)
 def test_an_adapter_is_read_again_bitwise(base, reward, tokens, tmp_path, kind, name):
@@ -122,6 +123,7 @@ def test_an_adapter_is_read_again_bitwise(base, reward, tokens, tmp_path, kind, 
     assert all(torch.equal(t, other[k]) for k, t in one.items())
 
 
+@pytest.mark.promise(17)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_whole_reward_model_is_read_again_bitwise(reward, tokens, tmp_path, kind):
     from trivium.data.templates import chat_template
@@ -204,6 +206,7 @@ def lora_folder(base, reward, tokens, tmp_path, kind="llama", dtype=torch.float3
     return model
 
 
+@pytest.mark.promise(17)
 @pytest.mark.parametrize("kind", KINDS)
 def test_merged_it_is_the_same_reward_model(base, reward, tokens, tmp_path, kind):
     model = lora_folder(base, reward, tokens, tmp_path, kind)
@@ -241,6 +244,7 @@ def test_a_readout_that_is_not_merged_is_seen(base, reward, tokens, tmp_path, mo
         merge([str(tmp_path / "rm")], tmp_path / "merged")
 
 
+@pytest.mark.promise(17)
 @pytest.mark.parametrize("name", METHODS)
 def test_off_and_swapped(reward, tokens, name):
     kind = "gpt2" if name == "bitfit" else "llama"

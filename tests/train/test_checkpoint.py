@@ -64,11 +64,13 @@ def test_where_there_is_nothing(tmp_path):
     assert peek(tmp_path) is None
 
 
-def test_the_last_ones_and_the_best_are_kept(tmp_path):
+@pytest.mark.promise(5)
+def test_the_last_ones_and_the_best_are_kept(tmp_path, tried):
     kept = Checkpoints(tmp_path, ABOUT, last=2)
     for step in range(1, 101):
         save(kept, step, best=step in (3, 20))
         assert step in steps_in(tmp_path)
+        tried(saves=1)
     assert steps_in(tmp_path) == [20, 99, 100]
     assert names(tmp_path) == ["step-00000020", "step-00000099", "step-00000100"]
 
@@ -110,8 +112,9 @@ def damages(folder: Path, rng: random.Random) -> Path:
     return file
 
 
+@pytest.mark.promise(4)
 @pytest.mark.parametrize("part", range(4))
-def test_every_damage_is_found_and_named(part, tmp_path):
+def test_every_damage_is_found_and_named(part, tmp_path, tried):
     """A thousand damages: the file is named, and the checkpoint before is taken."""
     filled(tmp_path / "whole", 10, 20)
     rng = random.Random(part)
@@ -125,8 +128,10 @@ def test_every_damage_is_found_and_named(part, tmp_path):
         assert len(kept.rejected) == 1
         assert kept.rejected[0].startswith(str(file)), f"{kept.rejected[0]} names another file than {file}"
         shutil.rmtree(copy)
+        tried(damages=1)
 
 
+@pytest.mark.promise(4)
 def test_whole_checkpoints_in_the_wrong_place_are_no_good(tmp_path):
     filled(tmp_path / "a", 10, 20)
     (tmp_path / "a" / "step-00000020").rename(tmp_path / "a" / "step-00000030")
@@ -143,6 +148,7 @@ def test_whole_checkpoints_in_the_wrong_place_are_no_good(tmp_path):
     assert found.step == 10
 
 
+@pytest.mark.promise(4)
 def test_a_manifest_leads_to_no_file_outside(tmp_path):
     filled(tmp_path / "a", 10)
     folder = tmp_path / "a" / "step-00000010"
@@ -154,6 +160,7 @@ def test_a_manifest_leads_to_no_file_outside(tmp_path):
         kept.newest()
 
 
+@pytest.mark.promise(4)
 def test_where_all_are_damaged_nothing_begins_unasked(tmp_path):
     filled(tmp_path, 10, 20)
     for step in ("step-00000010", "step-00000020"):
@@ -166,6 +173,7 @@ def test_where_all_are_damaged_nothing_begins_unasked(tmp_path):
     assert steps_in(tmp_path) == [10, 20], "somebody may still mend them"
 
 
+@pytest.mark.promise(5)
 def test_damaged_ones_do_not_push_out_the_last_good_one(tmp_path):
     filled(tmp_path, 10, 20, 30)
     for step in ("step-00000020", "step-00000030"):
@@ -200,9 +208,10 @@ def operations(act: Any) -> int:
     return count[0]
 
 
+@pytest.mark.promise(3, 5)
 @pytest.mark.parametrize("beside", [False, True])
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS])
-def test_a_save_that_fails_at_any_operation_leaves_the_others(beside, code, tmp_path, monkeypatch):
+def test_a_save_that_fails_at_any_operation_leaves_the_others(beside, code, tmp_path, monkeypatch, tried):
     filled(tmp_path / "first", 10, 20, last=1)
     total = operations(
         lambda: save(Checkpoints(Path(shutil.copytree(tmp_path / "first", tmp_path / "n")), ABOUT, 1), 30)
@@ -228,9 +237,11 @@ def test_a_save_that_fails_at_any_operation_leaves_the_others(beside, code, tmp_
         assert found.step in (20, 30), f"operation {k}"
         save(kept, 40)
         assert Checkpoints(copy, ABOUT).newest().step == 40  # type: ignore[union-attr]
+        tried(operations=1)
 
 
-def test_a_write_that_was_lost_is_noticed_before_anything_is_deleted(tmp_path, monkeypatch):
+@pytest.mark.promise(5)
+def test_a_write_that_was_lost_is_noticed_before_anything_is_deleted(tmp_path, monkeypatch, tried):
     """The disk says yes and keeps nothing: 100 saves, each with another lost write."""
     kept = filled(tmp_path, 1, last=1)
     rng, seal = random.Random(0), files.seal
@@ -249,3 +260,4 @@ def test_a_write_that_was_lost_is_noticed_before_anything_is_deleted(tmp_path, m
         found = Checkpoints(tmp_path, ABOUT).newest()
         assert found is not None
         assert found.step == 1, "the last good checkpoint is there"
+        tried(lost_writes=1)

@@ -54,8 +54,9 @@ def task(model: Small, optimizer: str = "muon", **more: Any) -> Task:
                 lambda n: 1.0, optimizers, 1.0, **more)  # fmt: skip
 
 
+@pytest.mark.promise(6)
 @pytest.mark.parametrize("where", ["loss", "gradient", "embedding"])
-def test_a_hundred_faults_of_each_kind_reach_nothing(where):
+def test_a_hundred_faults_of_each_kind_reach_nothing(where, tried):
     for number in range(100):
         rng = random.Random(number)
         bad, at = rng.choice([float("nan"), float("inf"), float("-inf")]), rng.randrange(1, 9)
@@ -83,6 +84,7 @@ def test_a_hundred_faults_of_each_kind_reach_nothing(where):
         assert f"step {at}: the " in caught.value.what
         assert f"rows.jsonl:{at - 1}.0, rows.jsonl:{at - 1}.1" in caught.value.what
         assert len(states) == at, "it is noticed at once"
+        tried(faults=1)
         if where == "embedding":  # the weights were poisoned from outside: that is not saved
             with pytest.raises(NonFiniteError, match=r"embedding\.weight is not finite"):
                 state(model, made.optimizers)
@@ -92,6 +94,7 @@ def test_a_hundred_faults_of_each_kind_reach_nothing(where):
         assert all(torch.equal(now[k], v) for k, v in states[-1].items())
 
 
+@pytest.mark.promise(6, 19)
 def test_a_step_that_may_be_left_out_changes_nothing_and_is_counted():
     model = Small()
     guard = Guard(1)

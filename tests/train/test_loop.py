@@ -100,10 +100,12 @@ def test_the_gradient_is_clipped_and_its_norm_logged_unclipped():
     assert seen[0] == pytest.approx(seen[1])
 
 
+@pytest.mark.promise(6)
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 @pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_what_is_not_finite_never_reaches_a_weight(bad, number, where):
+def test_what_is_not_finite_never_reaches_a_weight(bad, number, where, tried):
+    tried(faults=1)
     model = Bigram()
     logs: list[StepLog] = []
     groups = [[example(n) for n in range(7)], [example(9)]]
@@ -137,6 +139,7 @@ def test_what_is_not_finite_never_reaches_a_weight(bad, number, where):
     assert caught.value.exit_code == 5
 
 
+@pytest.mark.promise(8)
 @pytest.mark.parametrize("groups", [[], [[example(1, 0.0)]], [[example(1, 0.0), example(2, 0.0)], [example(3, 0.0)]]])
 def test_a_step_without_anything_to_learn_is_refused(groups):
     model = Bigram()
