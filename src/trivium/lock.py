@@ -12,6 +12,7 @@ import contextlib
 import json
 import os
 import socket
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from trivium.errors import BusyError
 from trivium.files import BLOCK, clear_errors
 
 LOCK = ".lock"
+PATIENCE = 1.0  # seconds in which whoever has taken a lock writes who it is
 
 
 @contextlib.contextmanager
@@ -48,12 +50,16 @@ def only_run(folder: Path) -> Iterator[str | None]:
 
 def _open(path: Path) -> int:
     """The lock file, held by this process. Raises BusyError."""
+    patience = time.monotonic() + PATIENCE
     while True:
         handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         if not _held(handle):
             other = _read(handle)
             os.close(handle)
-            raise _busy(path, other)
+            if _alive(other) or time.monotonic() > patience:
+                raise _busy(path, other)
+            time.sleep(0.01)  # its holder has not yet written who it is, over what a dead one left
+            continue
         try:
             if os.fstat(handle).st_ino == path.stat().st_ino:
                 return handle
