@@ -260,10 +260,11 @@ class Training:
         return max(self.peak.read(), int(self.state.get("peak", 0)))
 
     def close(self) -> None:
-        """Wait for what is being written, and close the log."""
+        """Wait for what is being written, whoever asks for an end meanwhile, and close the log."""
         self.log.close()
         if self.saving:
-            with contextlib.suppress(UserError):  # another error is under way, or `choose_result` has raised it
+            # another error is under way, or `choose_result` has raised it
+            with deferred(), contextlib.suppress(UserError):
                 self.saving.kept.wait()
 
 

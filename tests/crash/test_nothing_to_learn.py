@@ -29,6 +29,7 @@ SAME: dict[str, dict[str, Any]] = {  # answers between which nothing is to be pr
 }
 KINDS = {"cut": CUT, "empty": EMPTY, "same": SAME}
 NAMES = ("sft-lora", "preference-full", "preference-kto", "reward-lora")
+QUICK = ("sft-lora",)
 
 
 def kind_of(name: str) -> str:
@@ -58,7 +59,9 @@ def asked(name: str, cell: Any, bad: list[dict[str, Any]], every: int) -> tuple[
 
 
 @pytest.mark.promise(8)
-@pytest.mark.parametrize(("name", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("name", "kind"), [pytest.param(*c, marks=[] if c[0] in QUICK else [pytest.mark.slow]) for c in CASES]
+)
 def test_only_such_rows_end_before_the_first_step(name, kind, cell, tried):
     recipe, file, places = asked(name, cell, [KINDS[kind][kind_of(name)]], 0)
     ended = Process(recipe).wait()
@@ -72,7 +75,7 @@ def test_only_such_rows_end_before_the_first_step(name, kind, cell, tried):
 
 
 @pytest.mark.promise(8)
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else [pytest.mark.slow]) for n in NAMES])
 def test_among_good_ones_each_is_named_and_none_is_a_loss_of_0(name, cell, tried):
     bad = [rows[kind_of(name)] for rows in KINDS.values() if kind_of(name) in rows]
     recipe, file, places = asked(name, cell, bad, 4)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from tests.crash.process import CELLS, Process, result
 
-QUICK = ("pretrain-full", "sft-bottleneck", "preference-lora")
+QUICK = ("sft-bottleneck", "preference-lora")
 
 
 @pytest.mark.promise(15)

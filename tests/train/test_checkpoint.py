@@ -6,6 +6,8 @@ import errno
 import os
 import random
 import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -261,3 +263,32 @@ def test_a_write_that_was_lost_is_noticed_before_anything_is_deleted(tmp_path, m
         assert found is not None
         assert found.step == 1, "the last good checkpoint is there"
         tried(lost_writes=1)
+
+
+class Asked(BaseException):
+    """What the handler of a signal raises."""
+
+
+@pytest.mark.promise(11)
+def test_a_signal_while_it_is_waited_for_leaves_no_save_half_done(tmp_path, monkeypatch):
+    """Whoever waits again waits until it is written, also before Python 3.13, whose `join` would come back at once."""
+
+    def slow(name: str, path: Path, act: Any) -> Any:
+        time.sleep(0.05)
+        return act()
+
+    def asked(number: int, frame: Any) -> None:
+        raise Asked
+
+    kept, before = Checkpoints(tmp_path, ABOUT), signal.signal(signal.SIGALRM, asked)
+    monkeypatch.setattr(files, "operation", slow)
+    try:
+        save(kept, 10, beside=True)
+        signal.setitimer(signal.ITIMER_REAL, 0.05)
+        with pytest.raises(Asked):
+            kept.wait()
+        kept.wait()
+    finally:
+        signal.signal(signal.SIGALRM, before)
+    assert not kept.writing
+    assert names(tmp_path) == ["step-00000010"]

@@ -83,6 +83,7 @@ class Checkpoints:
     def __post_init__(self) -> None:
         self._bad: set[int] = set()  # steps whose checkpoint is damaged
         self._thread: threading.Thread | None = None
+        self._written = threading.Event()  # set when the thread is through
         self._failed: BaseException | None = None
 
     def newest(self) -> Found | None:
@@ -139,6 +140,7 @@ class Checkpoints:
             self._let_go(step)
 
         if beside:
+            self._written.clear()
             self._thread = threading.Thread(target=self._caught, args=(write,), name="checkpoint", daemon=True)
             self._thread.start()
         else:
@@ -151,17 +153,19 @@ class Checkpoints:
             write()
         except BaseException as error:  # raised where the training can hear it
             self._failed = error
-        self.costs.seconds_beside += time.perf_counter() - started
+        finally:
+            self.costs.seconds_beside += time.perf_counter() - started
+            self._written.set()
 
     @property
     def writing(self) -> bool:
         """Whether a thread is at it."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._thread is not None and not self._written.is_set()
 
     def wait(self) -> None:
         """Until nothing is being written any more. Raises what a save beside the training failed of."""
         if self._thread is not None:
-            self._thread.join()
+            self._written.wait()  # not `join`: before Python 3.13 one that a signal breaks off takes it for ended
             self._thread = None
         if self._failed is not None:
             failed, self._failed = self._failed, None
