@@ -52,7 +52,6 @@ PROMISES = {
 
 # Promises whose tests are still to come; a line goes when they do (`test_reliability.py` insists).
 AWAITED = {
-    12: "the halving of micro-batches",
     13: "training in several processes",
     18: "hostile folders",
 }

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.crash.process import CELLS, Process, events, result
-from tests.crash.test_kill import kill_at_step
+from tests.crash.process import CELLS, Process, at_step, die, events, result
 
 from trivium.forest import Forest
 from trivium.model.language_model import LanguageModel
 from trivium.train import loop
+
+pytestmark = pytest.mark.promise(12)
 
 ROOMY, TIGHT = 1024, 40  # tokens a pass; rows have some 10 to 25, a step four of them
 QUICK = ("pretrain-full", "sft-lora", "preference-kto")
@@ -64,7 +65,7 @@ def weights(recipe):
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in CELLS if n not in QUICK)])
 @pytest.mark.parametrize("backward", [False, True])
-def test_it_is_survived_at_the_same_step_with_the_result_of_smaller_passes(name, backward, cell):
+def test_it_is_survived_at_the_same_step_with_the_result_of_smaller_passes(name, backward, cell, tried):
     small, halved = cell(name, **no_dropout(name, micro_batch_tokens=TIGHT)), cell(name, **no_dropout(name))
     assert Process(small).wait().code == 0
     ended = Process(halved, meanwhile=running_out(TIGHT, from_step=6, backward=backward)).wait()
@@ -80,6 +81,7 @@ def test_it_is_survived_at_the_same_step_with_the_result_of_smaller_passes(name,
         apart = tensor - expected[key]
         assert float(apart.norm()) <= 1e-6 * max(1.0, float(tensor.norm())), key
         assert float(apart.abs().max()) <= 5e-6, key
+    tried(halvings=len(found), cells=1)
     times = f"{len(found)} time{'s' * (len(found) > 1)}"
     assert f"memory ran out {times} (step 6): {found[-1]['tokens']} tokens a pass" in ended.said
 
@@ -99,7 +101,7 @@ def test_a_run_that_goes_on_keeps_what_was_halved(cell):
 
     def both() -> None:
         short()
-        kill_at_step(15)
+        at_step(15, die)
 
     assert Process(killed, meanwhile=both).wait().killed
     ended = Process(killed, meanwhile=short).wait()
