@@ -70,7 +70,7 @@ def _shape(recipe: Recipe, stage: Stage, scratch: Path) -> LanguageModel:
         sizes = {k: v for k, v in given.items() if k != "tokenizer"}
         with quiet(), torch.device("meta"):
             hf = AutoModelForCausalLM.from_config(new_config(sizes, tokenizer))
-        return wrap(hf, tokenizer, "bfloat16", torch.bfloat16)
+        return wrap(hf, tokenizer, "bfloat16", torch.float32)
     source = given if isinstance(given, str) else str(given["path"])
     folder = Path(source).expanduser()
     base = base_of(folder) if folder.is_dir() and is_adapter(folder) else source
@@ -102,7 +102,7 @@ def _planned(stage: Stage, model: LanguageModel, there: int, rate: float | None)
         "pass": {"tokens": tokens, "longest_row": longest, "recomputed_layers": recomputed},
         "device": "the device asked about", "fits": need <= there,
         "memory": {"peak": need, "available": float(there), **parts(cost, tokens, recomputed)},
-        "disk": {"result": trained * HALF, "checkpoints": (int(stage.keep_checkpoints or 1) + 1) * 3 * FLOAT * trained},
+        "disk": {"result": trained * model.saved_dtype.itemsize, "checkpoints": (int(stage.keep_checkpoints or 1) + 1) * 3 * FLOAT * trained},
     }  # fmt: skip
     if need > there:
         return found | {"would_fit": [asdict(way) for way in ways(stage, hf, cost, float(there), longest, HALF)]}
