@@ -102,7 +102,10 @@ def _planned(stage: Stage, model: LanguageModel, there: int, rate: float | None)
         "pass": {"tokens": tokens, "longest_row": longest, "recomputed_layers": recomputed},
         "device": "the device asked about", "fits": need <= there,
         "memory": {"peak": need, "available": float(there), **parts(cost, tokens, recomputed)},
-        "disk": {"result": trained * model.saved_dtype.itemsize, "checkpoints": (int(stage.keep_checkpoints or 1) + 1) * 3 * FLOAT * trained},
+        "disk": {
+            "result": trained * model.saved_dtype.itemsize,
+            "checkpoints": (int(stage.keep_checkpoints or 1) + 1) * 3 * FLOAT * trained,
+        },
     }  # fmt: skip
     if need > there:
         return found | {"would_fit": [asdict(way) for way in ways(stage, hf, cost, float(there), longest, HALF)]}
