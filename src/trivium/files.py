@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ NOT_OURS = (
     errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EBUSY, errno.EISDIR, errno.ENOENT,
     errno.ENAMETOOLONG, errno.ELOOP,
 )  # fmt: skip
+MOST_JSON = 64 * 2**20  # bytes of a settings file; the largest index of a model's parts has some megabytes
 BLOCK = 4096  # bytes that a folder takes
 NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
@@ -188,8 +190,13 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """The JSON in a file; raises ModelError naming file and line where it is not JSON."""
+    """The JSON in a file; raises ModelError naming file and line where it is not JSON, or where the file is none: a
+    pipe or a device would be read for ever, and a bomb until the memory is full."""
     try:
+        if not stat.S_ISREG((told := path.stat()).st_mode):
+            raise ModelError(f"{path}: no regular file", "restore the file")
+        if told.st_size > MOST_JSON:
+            raise ModelError(f"{path}: {size(told.st_size)}, where {size(MOST_JSON)} is the most", "restore the file")
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ModelError(f"{path}: no such file", "check the path") from None
@@ -197,6 +204,8 @@ def read_json(path: Path) -> Any:
         raise ModelError(f"{path}:{error.lineno}: not JSON ({error.msg})", "restore the file") from None
     except UnicodeDecodeError:
         raise ModelError(f"{path}: not UTF-8 text", "restore the file") from None
+    except OSError as error:
+        raise ModelError(f"{path}: cannot be read ({error.strerror})", "check the file and its rights") from None
     except (RecursionError, ValueError) as error:
         raise ModelError(f"{path}: not JSON that can be read ({str(error)[:80]})", "restore the file") from None
 
@@ -302,6 +311,8 @@ def damage(folder: Path, about: Mapping[str, Any] | None = None, quick: bool = F
     """
     path = folder / MANIFEST
     try:
+        if path.exists() and not (path.is_file() and path.stat().st_size <= MOST_JSON):
+            return f"{path} is damaged"
         text = path.read_text(encoding="utf-8")
         body = json.loads(text)
         whole = text == _sealed({"about": body["about"], "files": body["files"]})

@@ -15,10 +15,12 @@ import torch
 
 from trivium.errors import ModelError, RecipeError
 from trivium.files import read_json, sha256_file, sha256_json, write_by, write_json
+from trivium.model.door import config_of, fetched, tokenizer_of
 from trivium.model.language_model import LanguageModel
 from trivium.model.load import load_base, offline_where_unreachable, quiet
 from trivium.model.quantized import quantized
 from trivium.model.reward import as_reward_model
+from trivium.model.untrusted import check_files, inside
 from trivium.peft.hub import CHILD
 from trivium.peft.kinds import FullSettings, Settings, quantization
 from trivium.terminal import size
@@ -43,7 +45,7 @@ class Opened:
 def record_of(folder: Path) -> dict[str, Any] | None:
     """The folder's ``trivium.json``, or None where it was not made here."""
     path = folder / RECORD
-    record = read_json(path) if path.is_file() else None
+    record = read_json(inside(path, folder)) if path.is_file() else None
     if record is not None and not _is_record(record):
         raise ModelError(f"{path}: not a record of trivium", "restore the folder, or delete this file")
     return record
@@ -95,6 +97,7 @@ def open_folder(
         return Opened(load_base(source, dtype, device, overrides), FullSettings(), None)
     from trivium.peft import folder as adapter
 
+    check_files(folder)
     base = base_of(folder)
     opened = open_folder(base, dtype, device, overrides)
     if (how := adapter.quantization_of(folder)) is not None:
@@ -148,14 +151,16 @@ def method_of(folder: Path) -> dict[str, Any] | None:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    from transformers import AutoTokenizer
-
     if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
         raise ModelError(f"{folder}: no such folder", "give a folder with a tokenizer, or a hub id (owner/name)")
 
+    if folder.is_dir():
+        check_files(folder)
     with quiet():
         try:
-            return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+            return tokenizer_of(*fetched(str(folder), {}))
+        except ModelError:
+            raise
         except Exception as error:  # tokenizers raises bare Exception for a damaged file
             reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
             raise ModelError(f"{folder}: its tokenizer cannot be loaded: {reason}", "restore the folder") from None
@@ -166,10 +171,8 @@ def reading_of(source: str) -> tuple[Any, int | None]:
 
     ``source``: a folder, also of an adapter or a tokenizer alone, a ``.gguf`` file, or a hub id. Raises ModelError.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
     from trivium.model.language_model import context_of
-    from trivium.model.load import clear_errors_of, locate
+    from trivium.model.load import clear_errors_of, settings_at
 
     path = Path(source).expanduser()
     if path.is_dir() and is_adapter(path):
@@ -178,10 +181,9 @@ def reading_of(source: str) -> tuple[Any, int | None]:
         return load_tokenizer(path) if own else tokenizer, context
     if path.is_dir() and not (path / "config.json").is_file():
         return load_tokenizer(path), None
-    where, extra = (str(path), {}) if path.is_dir() else locate(source)
     with quiet(), clear_errors_of(source):
-        config = AutoConfig.from_pretrained(where, **extra, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(where, **extra, trust_remote_code=False)
+        where, extra = settings_at(source)
+        config, tokenizer = config_of(where, extra), tokenizer_of(where, extra)
     return tokenizer, context_of(config.get_text_config())
 
 
@@ -244,6 +246,7 @@ def identity_of(source: str) -> str:
         record = record_of(path)
         if record is not None:
             return str(record["identity"])
+        check_files(path)
         wanted = (".safetensors", ".json", ".jinja", ".model", ".txt")
         names = sorted(p for p in path.iterdir() if p.is_file() and p.suffix in wanted)
         own = sha256_json({p.name: sha256_file(p) for p in names})

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from pathlib import Path
 from typing import Any
 
 from trivium.errors import ModelError
 from trivium.files import folder_bytes, read_json
 from trivium.folder import base_of, is_adapter, record_of, rewards_in
+from trivium.model.headers import header
 from trivium.model.load import locate
+from trivium.model.untrusted import check_files
 from trivium.terminal import size
-
-MOST_HEADER = 100 * 2**20  # a safetensors header larger than this is damage
 
 
 def described(source: str) -> dict[str, Any]:
@@ -28,6 +26,7 @@ def described(source: str) -> dict[str, Any]:
     record = record_of(folder) or {}
     found: dict[str, Any] = {"path": str(folder)}
     if is_adapter(folder):
+        check_files(folder)
         found |= {"kind": "adapter", "base": base_of(folder)}
         weights = ["adapter_model.safetensors"]
     else:
@@ -52,29 +51,6 @@ def described(source: str) -> dict[str, Any]:
         "lineage",
     )
     return found | {k: record[k] for k in keys if k in record}
-
-
-def header(path: Path) -> dict[str, Any]:
-    """The tensors a safetensors file declares; every size is checked against the file's length."""
-    try:
-        length = path.stat().st_size
-        with path.open("rb") as file:
-            (size_of,) = struct.unpack("<Q", file.read(8))
-            if size_of > min(length - 8, MOST_HEADER):
-                raise ValueError("its header is longer than the file")
-            found = json.loads(file.read(size_of))
-        found.pop("__metadata__", None)
-        for tensor in found.values():
-            if not isinstance(tensor["dtype"], str) or not all(isinstance(n, int) and n >= 0 for n in tensor["shape"]):
-                raise ValueError("its header does not describe tensors")
-        end = max((t["data_offsets"][1] for t in found.values()), default=0)
-        if 8 + size_of + end != length:
-            raise ValueError(f"its header speaks of {8 + size_of + end:,} bytes, it has {length:,}")
-        return dict(found)
-    except (OSError, ValueError, struct.error, LookupError, TypeError, AttributeError, RecursionError) as error:
-        raise ModelError(
-            f"{path}: not a safetensors file ({error})", "restore the file, or train the stage again"
-        ) from None
 
 
 def shown(found: dict[str, Any]) -> str:

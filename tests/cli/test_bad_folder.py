@@ -51,11 +51,11 @@ MODELS: dict[str, tuple[Callable[[Path], Any], list[str]]] = {
         ["only as pytorch_model.bin", "can run code", "save_pretrained"],
     ),
     "without a config": (lambda f: (f / "config.json").unlink(), ["no config.json", "it has: "]),
-    "with weights cut off": (lambda f: cut(f / "model.safetensors"), ["cannot be loaded", "whole"]),
-    "with weights of nothing": (lambda f: (f / "model.safetensors").write_bytes(b""), ["cannot be loaded"]),
+    "with weights cut off": (lambda f: cut(f / "model.safetensors"), ["model.safetensors", "speaks of", "restore"]),
+    "with weights of nothing": (lambda f: (f / "model.safetensors").write_bytes(b""), ["not a safetensors file"]),
     "with a header that lies": (
         lambda f: (f / "model.safetensors").write_bytes(b"\xff" * 8 + (f / "model.safetensors").read_bytes()[8:]),
-        ["cannot be loaded", "header"],
+        ["not a safetensors file", "its header is longer than the file"],
     ),
     "with a config that is not JSON": (
         lambda f: (f / "config.json").write_text('{"a":\n !}', encoding="utf-8"),

@@ -17,8 +17,10 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from trivium.errors import ModelError
-from trivium.files import read_json
+from trivium.model.door import Extra, config_of, fetched, model_of, tokenizer_of
+from trivium.model.headers import check_gguf
 from trivium.model.language_model import LanguageModel
+from trivium.model.untrusted import check_files, check_folder, check_settings
 from trivium.virtual import NEW_HEADS
 
 # What transformers says at length: a part of it, and what it means to a person.
@@ -75,31 +77,25 @@ def load_base(source: str, dtype: str, device: str, overrides: dict[str, Any] | 
     ``overrides`` change settings of its config. Raises ModelError where it is not there or cannot be read.
     """
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     where, extra = locate(source)
-    if extra:
+    gguf = bool(extra)
+    if gguf:
         with contextlib.suppress(ImportError):  # before `quiet`, which hides the bar that is in it
             importlib.import_module("transformers.modeling_gguf_pytorch_utils")
     with quiet(), clear_errors_of(source):
-        config = AutoConfig.from_pretrained(where, **extra, trust_remote_code=False)
-        saved = getattr(config, "dtype", None) if not extra else None
+        where, extra = fetched(where, extra, weights=True)
+        config = config_of(where, extra)
+        saved = getattr(config, "dtype", None) if not gguf else None
+        check_settings(Path(source) / "config.json", overrides or {})
         for key, value in (overrides or {}).items():
             if not hasattr(config, key):
                 raise ModelError(f"{source}: its config has no '{key}' to override", "remove it from `model`")
             setattr(config, key, value)
-        tokenizer = AutoTokenizer.from_pretrained(where, **extra, trust_remote_code=False)
+        tokenizer = tokenizer_of(where, extra)
         kind = AutoModelForSequenceClassification if _gives_rewards(source, config) else AutoModelForCausalLM
-        loaded: Any = kind.from_pretrained(
-            where,
-            config=config,
-            **extra,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
-    hf, info = loaded
+        hf, info = model_of(kind, where, extra, config, getattr(torch, dtype))
     missing = sorted(info["missing_keys"])
     if missing:
         raise ModelError(
@@ -110,7 +106,7 @@ def load_base(source: str, dtype: str, device: str, overrides: dict[str, Any] | 
             what = f"{source}: {type(hf).__name__} reads both ways, or has another readout than a score"
             raise ModelError(what, "give a reward model made of a causal language model")
         setattr(hf, NEW_HEADS, ("score",))
-    if extra and hasattr(hf.config, "quantization_config"):
+    if gguf and hasattr(hf.config, "quantization_config"):
         # GGUF is dequantised on loading; saving it would claim otherwise
         del hf.config.quantization_config
         hf.hf_quantizer = None
@@ -132,14 +128,21 @@ def shape_of(source: str) -> Any:
     """A model without weights, on the ``meta`` device, from its config alone: a folder (one that has nothing else
     will do), a ``.gguf`` file, or a hub id. Raises ModelError."""
     import torch
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    path = Path(source).expanduser()
-    where, extra = (str(path), {}) if (path / "config.json").is_file() else locate(source)
     with quiet(), clear_errors_of(source):
-        config = AutoConfig.from_pretrained(where, **extra, trust_remote_code=False)
+        config = config_of(*settings_at(source))
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+
+
+def settings_at(source: str) -> tuple[str, Extra]:
+    """What ``config_of`` and ``tokenizer_of`` are given, where no weights are asked for. Raises ModelError."""
+    path = Path(source).expanduser()
+    if (path / "config.json").exists():
+        check_files(path)
+        return str(path), {}
+    return fetched(*locate(source))
 
 
 def wrap(hf: Any, tokenizer: Any, dtype: str, saved_dtype: Any) -> LanguageModel:
@@ -153,7 +156,7 @@ def wrap(hf: Any, tokenizer: Any, dtype: str, saved_dtype: Any) -> LanguageModel
     return LanguageModel(hf, tokenizer, getattr(torch, dtype), saved_dtype, native_attention=native)
 
 
-def locate(source: str) -> tuple[str, dict[str, str]]:
+def locate(source: str) -> tuple[str, Extra]:
     """(what ``from_pretrained`` is given, its extra arguments); raises ModelError for what is not a model."""
     path = Path(source).expanduser()
     if path.is_file():
@@ -161,6 +164,10 @@ def locate(source: str) -> tuple[str, dict[str, str]]:
             raise ModelError(f"{path}: not a model", "give a model folder, a .gguf file, or a hub id")
         if path.open("rb").read(4) != b"GGUF":
             raise ModelError(f"{path}: not a GGUF file (its first bytes are not GGUF)", "download it again")
+        check_gguf(path)
+        if (path.parent / "adapter_config.json").exists():  # transformers would load the base that it names instead
+            what = f"{path}: there is an adapter_config.json beside it"
+            raise ModelError(what, "put the .gguf file into a folder of its own")
         try:
             import gguf  # noqa: F401
         except ImportError:
@@ -207,15 +214,7 @@ def _check_folder(path: Path) -> None:
         raise ModelError(
             f"{path}: a model folder without weights (no .safetensors)", "copy the weights beside config.json"
         )
-    index = path / "model.safetensors.index.json"
-    if index.is_file():
-        found = read_json(index)
-        parts = found.get("weight_map") if isinstance(found, dict) else None
-        if not isinstance(parts, dict) or not {str(name) for name in parts.values()} <= names:
-            raise ModelError(f"{index}: names files that are not in this folder", "copy all parts of the model")
-    config = read_json(path / "config.json")
-    if not isinstance(config, dict) or not config.get("model_type"):
-        raise ModelError(f"{path}/config.json: no model_type", "give a folder written by transformers")
+    check_folder(path)
 
 
 @contextlib.contextmanager

@@ -22,6 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from trivium.errors import ModelError, UserError
+from trivium.files import read_json
+from trivium.model.headers import header
+from trivium.model.untrusted import inside
 from trivium.peft import peft_format
 from trivium.peft.base import Attached, check_same, copy_in, hang, small_weights
 from trivium.peft.hub import DEFAULT
@@ -175,11 +178,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     """The settings of an adapter folder as they are in its ``adapter_config.json``. Raises ModelError."""
     path = _inside(folder, CONFIG)
     try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(
-            f"{path} cannot be read: {error}", "An adapter folder has this file; fetch it again."
-        ) from None
+        config = read_json(path)
+    except ModelError as error:
+        raise ModelError(f"{error.what}", "An adapter folder has this file; fetch it again.") from None
     if not isinstance(config, dict):
         raise ModelError(f"{path} does not hold settings", "Fetch the adapter again.")
     return config
@@ -248,6 +249,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
         )
     path = _inside(folder, WEIGHTS)
     try:
+        header(path)
         with safe_open(path, "pt") as file:
             names, told = sorted(file.keys()), file.metadata() or {}
             found = {key: file.get_tensor(key) for key in names}
@@ -258,18 +260,14 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
             if not tensor.is_floating_point() or tensor.ndim == 0 or not bool(torch.isfinite(tensor).all()):
                 raise ValueError(f"{name} holds values that are no finite fractions")
         return found
-    except (OSError, SafetensorError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} cannot be read: {error}", "The file is damaged or cut; fetch it again.") from None
+    except (OSError, SafetensorError, ValueError, KeyError, ModelError) as error:
+        told_of = error.what if isinstance(error, ModelError) else error
+        raise ModelError(f"{path} cannot be read: {told_of}", "The file is damaged or cut; fetch it again.") from None
 
 
 def _inside(folder: Path, name: str) -> Path:
-    """The file's path, refused when a link leads out of the folder (to a hub cache's own blobs is not out)."""
-    path, root = (folder / name).resolve(), folder.resolve()
-    if not path.is_file() and not path.is_relative_to(root):
-        raise ModelError(f"{folder / name} is a link to nothing", "Fetch the adapter again.")
-    blobs = root.parent.parent / "blobs"
-    if path.is_relative_to(root) or (root.parent.name == "snapshots" and path.is_relative_to(blobs)):
-        if not path.is_file():
-            raise ModelError(f"{folder / name} is not there", f"An adapter folder holds {WEIGHTS} and {CONFIG}.")
-        return path
-    raise ModelError(f"{folder / name} is a link out of its folder", "Copy the file itself into the folder.")
+    """The file's path. Raises ModelError where it is not there, or leads out of the folder."""
+    path = folder / name
+    if not path.exists() and not path.is_symlink():
+        raise ModelError(f"{path} is not there", f"An adapter folder holds {WEIGHTS} and {CONFIG}.")
+    return inside(path, folder)
