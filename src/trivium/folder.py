@@ -80,7 +80,8 @@ def rewards_in(folder: Path) -> bool:
 
     if is_adapter(folder):
         return adapter.gives_rewards(folder)
-    config = read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    file = folder / "config.json"
+    config = read_json(inside(file, folder)) if file.exists() else {}
     named = config.get("architectures") if isinstance(config, dict) else None
     return isinstance(named, list) and any(str(n).endswith("ForSequenceClassification") for n in named)
 

@@ -14,7 +14,8 @@ from jinja2 import Undefined
 from jinja2.runtime import LoopContext, Macro
 from jinja2.utils import Namespace
 
-SECONDS = 2.0  # of this thread's processor time, which a busy machine does not use up
+SECONDS = 1.5  # of this thread's processor time, which a busy machine does not use up
+TOO_LONG = "takes more than"  # what is said then; to try once more would take as long again
 CHARACTERS = 16_000_000  # printed, with 8 for every piece
 MEMORY = 160 << 20  # bytes that a rendering makes in all, freed or not
 SOURCE, BLOCKS = 64_000, 20  # characters of a template, loops and macros in each other; in use are 20,000 and 4
@@ -48,7 +49,7 @@ class Meter:
             now = time.thread_time()
             self.deadline = self.deadline or now + SECONDS  # most renderings end before they look and read no clock
             if now > self.deadline:
-                raise TemplateRefused(f"the template takes more than {SECONDS:g} seconds")
+                raise TemplateRefused(f"the template {TOO_LONG} {SECONDS:g} seconds")
             self.look_at = self.spent + LOOK
         return True
 

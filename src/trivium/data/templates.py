@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from trivium.data.chat import ChatTemplate
 from trivium.data.encoder import Encoder
 from trivium.data.formats import Message, RowError
+from trivium.data.sandbox_meter import TOO_LONG
 from trivium.errors import ModelError
 
 if TYPE_CHECKING:
@@ -115,9 +116,12 @@ def _in_parts(template: ChatTemplate) -> ChatTemplate:
     """A template that prints a text's parts only gets them."""
     other = replace(template, in_parts=True)
     for way in (template, other):
-        with contextlib.suppress(RowError):
+        try:
             if _ANSWER in way.render(_PROBE):
                 return way
+        except RowError as error:
+            if TOO_LONG in str(error):
+                raise
     return template
 
 

@@ -96,11 +96,14 @@ def _walk_gguf(data: mmap.mmap) -> None:
         raise ValueError(f"version {version}")
     if max(tensors, pairs) > MOST_GGUF:
         raise ValueError(f"{max(tensors, pairs):,} entries")
-    at = 24
+    at, keys = 24, set()
     for _ in range(pairs):
-        at = _string(data, at)
+        begin, at = at, _string(data, at)
+        keys.add(data[begin + 8 : at][:64])
         (kind,) = struct.unpack_from("<I", data, at)
         at = _value(data, at + 4, kind)
+    if b"general.architecture" not in keys:
+        raise ValueError("it does not say its architecture")
     for _ in range(tensors):
         at = _string(data, at)
         (dimensions,) = struct.unpack_from("<I", data, at)

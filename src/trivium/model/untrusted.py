@@ -48,11 +48,14 @@ NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_-]*(?:\.[0-9][A-Za-z0-9_-]*)*")  # also 
 DTYPE = re.compile(r"(torch\.)?(b?float|u?int|complex)\d+\w*|auto|bool")
 LAYERS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_decoder_layers")
 HIDDEN = ("hidden_size", "n_embd", "d_model")
+HEADS = ("num_attention_heads", "n_head")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 WIDTHS = (
     *HIDDEN, "vocab_size", "intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "n_inner",
-    "ffn_dim", "ffn_hidden_size", "d_ff", "num_attention_heads", "n_head", "num_experts", "num_local_experts",
-    "n_routed_experts", "head_dim", "n_positions", "n_ctx", "word_embed_proj_dim", "max_target_positions",
+    "ffn_dim", "ffn_hidden_size", "d_ff", *HEADS, *EXPERTS, "head_dim", "n_positions", "n_ctx", "word_embed_proj_dim",
+    "max_target_positions",
 )  # fmt: skip
+SMALL = 2**16  # what any model may say of its sizes; a product of two of them takes no memory to speak of
 MOST_NUMBER = 2**40  # of any whole number in a config
 
 
@@ -121,28 +124,27 @@ def check_settings(path: Path, value: Any) -> None:
     """What a settings file says, at any depth. Raises ModelError naming the key."""
     if not isinstance(value, dict):
         return  # its reader says so
-    for key, found, depth in _entries(value):
-        if depth > DEEPEST:
-            raise ModelError(f"{path}: nested too deeply", "restore the file")
+    for key, found in _entries(path, value):
         if (told := _fault(key, found, path.parent)) is not None:
             remedy = "trivium runs nothing that a folder names; remove the key, or use a model without it"
             raise ModelError(f"{path}: {key}: {str(found)[:60]}: {told}", remedy)
 
 
-def _entries(value: Any, depth: int = 1) -> Iterator[tuple[str, Any, int]]:
-    """(key, value, depth) of every entry of a mapping, and of those in it; without recursion, as it may be deep."""
-    waiting = [(value, depth)]
+def _entries(path: Path, value: Any) -> Iterator[tuple[str, Any]]:
+    """(key, value) of every entry of a mapping, and of those in it; of a list in it, under the list's own key.
+
+    Without recursion, as it may be deep. Raises ModelError where it is deeper than settings are.
+    """
+    waiting = [("", value, 1)]
     while waiting:
-        at, depth = waiting.pop()
-        if depth > DEEPEST + 1:
-            continue
-        for key, one in at.items() if isinstance(at, dict) else enumerate(at):
-            if isinstance(at, dict):
-                yield str(key), one, depth
-            elif isinstance(one, float) and math.isnan(one):
-                yield "a list", one, depth
+        name, at, depth = waiting.pop()
+        if depth > DEEPEST:
+            raise ModelError(f"{path}: nested too deeply", "restore the file")
+        for key, one in at.items() if isinstance(at, dict) else ((name, one) for one in at):
+            if isinstance(at, dict) or isinstance(one, float):
+                yield str(key), one
             if isinstance(one, (dict, list)):
-                waiting.append((one, depth + 1))
+                waiting.append((str(key), one, depth + 1))
 
 
 def _fault(key: str, value: Any, folder: Path) -> str | None:
@@ -169,7 +171,7 @@ def _fault(key: str, value: Any, folder: Path) -> str | None:
         library = str(value.get("parent_library") or "transformers.")
         return None if library.startswith("transformers.") else "it names code that is not of transformers"
     if key == "quantization_config" and value is not None:
-        return _quantization_fault(value)
+        return _quantization_fault(value, folder)
     if isinstance(value, float) and math.isnan(value):
         return "it is no number"
     if isinstance(value, int) and abs(value) > MOST_NUMBER and key != "model_max_length":
@@ -177,7 +179,7 @@ def _fault(key: str, value: Any, folder: Path) -> str | None:
     return None
 
 
-def _quantization_fault(value: Any) -> str | None:
+def _quantization_fault(value: Any, folder: Path) -> str | None:
     from transformers.quantizers.auto import AUTO_QUANTIZATION_CONFIG_MAPPING as KNOWN
 
     if not isinstance(value, dict):
@@ -187,7 +189,7 @@ def _quantization_fault(value: Any) -> str | None:
         method = "bitsandbytes"
     if not isinstance(method, str) or not (method in KNOWN or f"{method}_4bit" in KNOWN):
         return "transformers knows no such way to quantise"
-    for key, found, _ in _entries(value):
+    for key, found in _entries(folder, value):
         for pattern in [key, *(found if isinstance(found, list) else [found])]:
             if isinstance(pattern, str) and can_hang(pattern):
                 return f"{pattern[:40]} is a pattern that may never end"
@@ -250,14 +252,28 @@ def _check_sizes(path: Path, config: dict[str, Any], weights: dict[Path, dict[st
     """
     tensors = sum(len(one) for one in weights.values())
     bits = 8 * sum(t["data_offsets"][1] - t["data_offsets"][0] for one in weights.values() for t in one.values())
-    parts = [config, *(value for _, value, _ in _entries(config) if isinstance(value, dict))]
-    for part in parts:
-        hidden = next((part[key] for key in HIDDEN if _is_size(part.get(key))), 1)
-        for keys, most, times in ((LAYERS, tensors, 1), (WIDTHS, bits, hidden)):
-            for key in keys:
-                if _is_size(part.get(key)) and part[key] * times > max(most, 2**16):
-                    what = f"{path}: {key} is {part[key]:,}, and its weights are {tensors} tensors of {size(bits // 8)}"
-                    raise ModelError(what, "restore both files, so that they fit together")
+    for part in [config, *(value for _, value in _entries(path, config) if isinstance(value, dict))]:
+        for key, claimed, most in _claims(part, tensors, max(bits, SMALL)):
+            if part[key] < 0 or claimed > most:
+                what = f"{path}: {key} is {part[key]:,}, and its weights are {tensors:,} tensors of {size(bits // 8)}"
+                raise ModelError(what, "restore both files, so that they fit together")
+
+
+def _claims(part: dict[str, Any], tensors: int, bits: int) -> Iterator[tuple[str, int, int]]:
+    """(key, what a config claims by it, the most that the weights have): of layers, and of numbers in matrices."""
+
+    def first(keys: tuple[str, ...]) -> int:
+        return max(1, next((part[key] for key in keys if _is_size(part.get(key))), 1))
+
+    hidden, layers = first(HIDDEN), first(LAYERS)
+    for key in LAYERS:
+        if _is_size(part.get(key)):
+            yield key, part[key], tensors
+    times = {**dict.fromkeys(WIDTHS, 1), "head_dim": first(HEADS), "intermediate_size": layers, "n_inner": layers,
+             "moe_intermediate_size": first(EXPERTS)}  # fmt: skip
+    for key, others in times.items():
+        if _is_size(part.get(key)):
+            yield key, part[key] * hidden * others, bits
 
 
 def _is_size(value: Any) -> bool:
@@ -271,7 +287,7 @@ def _check_patterns(path: Path) -> None:
     """Refuses a tokenizer whose regular expressions may take forever on some text. Raises ModelError."""
     data = path.read_bytes()
     if re.search(rb"\\u00(?:[46][1-9A-Fa-f]|[57][0-9Aa])", data):  # a letter that no writer would escape
-        patterns = [v for key, v, _ in _entries(read_json(path)) if key == "Regex"]
+        patterns = [v for key, v in _entries(path, read_json(path)) if key == "Regex"]
     else:
         found = re.findall(rb'"Regex"\s*:\s*("(?:[^"\\]|\\.)*")', data)
         patterns = [json.loads(text) for text in found]
