@@ -7,6 +7,7 @@ identity, parent, data, settings, versions, metrics, rows, costs, and the lineag
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -142,13 +143,22 @@ def method_of(folder: Path) -> dict[str, Any] | None:
     """The recipe's words for the adapter in ``folder``, so that a stage can go on training it; None: no adapter."""
     if not is_adapter(folder):
         return None
+    from trivium.peft.folder import method_in
+    from trivium.peft.settings import settings_of
+
+    check_files(folder)
     record = record_of(folder)
     if record is not None and isinstance(record.get("settings"), dict):
-        method = record["settings"].get("method")
-        return method if isinstance(method, dict) else None
-    from trivium.peft.folder import method_in
-
-    return method_in(folder)
+        method, told_by = record["settings"].get("method"), RECORD
+    else:
+        method, told_by = method_in(folder), "adapter_config.json"
+    if not isinstance(method, dict):
+        return None
+    try:
+        settings_of(method)
+    except RecipeError as error:  # of the folder, not of the recipe
+        raise ModelError(f"{folder / told_by}: {error.what}", error.remedy) from None
+    return method
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -199,9 +209,11 @@ def base_of(folder: Path) -> str:
     for place in (recorded.get("path"), recorded.get("source"), named):
         if not isinstance(place, str) or not place:
             continue
-        relative = (folder / place).resolve()
-        for candidate in (relative, Path(place)):
+        for candidate in _places(folder, place):
             if candidate.exists():
+                if not (candidate.is_dir() or (candidate.is_file() and candidate.suffix == ".gguf")):
+                    what = f"{folder}: its base {candidate} is no model"
+                    raise ModelError(what, "name a model folder, a .gguf file, or a hub id in its adapter_config.json")
                 if candidate.is_dir() and is_adapter(candidate):
                     raise ModelError(f"{folder}: its base {candidate} is itself an adapter", "merge that adapter first")
                 _check_base(folder, recorded, candidate)
@@ -211,11 +223,22 @@ def base_of(folder: Path) -> str:
         raise ModelError(
             f"{folder}: an adapter that names no base", "write base_model_name_or_path in its adapter_config.json"
         )
-    if tried[-1].count("/") == 1 and not tried[-1].startswith((".", "/", "~")):
+    if re.fullmatch(r"[\w.-]+/[\w.-]+", tried[-1]) and not tried[-1].startswith("."):
         return tried[-1]
     raise ModelError(
-        f"{folder}: its base model is not at {tried[-1]}", "put the base back there, or beside the adapter's folder"
+        f"{folder}: its base model is not at {tried[-1][:200]}",
+        "put the base back there, or beside the adapter's folder",
     )
+
+
+def _places(folder: Path, place: str) -> list[Path]:
+    """Where a path in an adapter's folder may mean: from there, and from here; nowhere for what can be no path."""
+    try:
+        found = [(folder / place).resolve(), Path(place)]
+        _ = [path.exists() for path in found]
+    except (OSError, ValueError, RuntimeError):  # too long, a zero byte, a loop of links
+        return []
+    return found
 
 
 def _check_base(folder: Path, recorded: dict[str, Any], base: Path) -> None:

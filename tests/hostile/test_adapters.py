@@ -89,10 +89,10 @@ ADAPTERS: dict[str, tuple[Spoil, str]] = {
     "a base at a URL": (on("https://example.org/evil"), "its base model is not at"),
     "a base at a file URL": (on("file:///etc/passwd"), "its base model is not at"),
     "a base far above": (on("../../../../../../../../../etc"), "not a model folder"),
-    "a base that is /etc/passwd": (on("/etc/passwd"), "not a model"),
-    "a base that is a device": (on("/dev/zero"), "no such model folder"),
+    "a base that is /etc/passwd": (on("/etc/passwd"), "is no model"),
+    "a base that is a device": (on("/dev/zero"), "is no model"),
     "a base that is a number": (on(7), "names no base"),  # type: ignore[arg-type]
-    "a base that is a pipe": (base_that_is(pipe), "no such model folder"),
+    "a base that is a pipe": (base_that_is(pipe), "is no model"),
     "a base of 10 kB of path": (on("../" * 3000 + "x"), "its base model is not at"),
     "a base with a zero byte": (on("a\0b"), "its base model is not at"),
     "a base that is hostile": (
@@ -112,7 +112,7 @@ ADAPTERS: dict[str, tuple[Spoil, str]] = {
     "r that is a list": (config(r=[2]), "r is [2]"),
     "alpha that is NaN": (config(lora_alpha=float("nan")), "lora_alpha"),
     "alpha that is infinite": (config(lora_alpha=float("inf")), "alpha is inf"),
-    "alpha of 10**300": (config(lora_alpha=1e300), "alpha is 1e+300"),
+    "alpha of 10**300": (config(lora_alpha=1e300), "alpha is 1"),
     "rank_pattern that hangs": (config(rank_pattern={SLOW: 2}), "rank_pattern"),
     "alpha_pattern that hangs": (config(alpha_pattern={SLOW: 2}), "alpha_pattern"),
     "rank_pattern that is a list": (config(rank_pattern=[1, 2]), "rank_pattern"),
@@ -150,7 +150,6 @@ SHOW, INSPECT, JUDGED, LOAD, MERGE = 2, 3, 4, 5, 6
 # What is wrong with an adapter's own settings and weights is found when it is hung in its base: to show rows only its
 # tokenizer is looked at, and to inspect it the headers.
 LATE = (SHOW, INSPECT, JUDGED)
-PLACES = ("a link", "pipe", "device", "folder", "10 GB", "deep", "a list", "not text")
 
 
 @pytest.mark.parametrize("name", ADAPTERS)

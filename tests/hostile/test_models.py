@@ -249,10 +249,10 @@ LATE = {
 }  # fmt: skip
 
 
-def look(folder: Path, here: Path, sound: Any) -> Any:
+def look(folder: Path, here: Path, sound: Any, most: int | None = None) -> Any:
     code = [p for p in folder.rglob("*") if p.suffix in CODE and p.is_file()]
     out = [p for p in (here / "outside").glob("*")] if (here / "outside").exists() else []
-    return watched(ways_in(folder, here, sound), Ground((folder, sound.here), here, bait=(*code, *out)))
+    return watched(ways_in(folder, here, sound)[:most], Ground((folder, sound.here), here, bait=(*code, *out)))
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -260,7 +260,8 @@ def test_a_model_folder_is_refused(name, sound, tmp_path):
     spoil, says = MODELS[name]
     folder = sound.copy("base", tmp_path)
     spoil(folder)
-    check_refused(look(folder, tmp_path, sound), says, LATE.get(name, ()))
+    most = 1 if "loops without end" in name else None  # it takes all the time that a template has
+    check_refused(look(folder, tmp_path, sound, most), says, LATE.get(name, ()))
     nothing_left(folder, tmp_path)
 
 

@@ -193,7 +193,7 @@ def method_in(folder: Path) -> dict[str, Any] | None:
         own = {k: v for k, v in config.items() if k not in (TYPE, BASE, "task_type") and v is not None}
         return {"name": config[TYPE], **own}
     peft_type = config.get("peft_type")
-    if peft_type not in WORDS:
+    if not isinstance(peft_type, str) or peft_type not in WORDS:
         return None
     name, words = WORDS[peft_type]
     found = {ours: config[theirs] for theirs, ours in words.items() if config.get(theirs)}
