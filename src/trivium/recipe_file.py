@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import re
+import stat
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,8 @@ from pydantic import ValidationError
 from trivium.errors import RecipeError, listed, nearest
 from trivium.recipe import MEND, DataSource, JudgeSource, Recipe, Stage
 from trivium.recipe_stage import Strict
+
+MOST = 4 * 2**20  # bytes of a recipe
 
 
 def any_recipe(recipe: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
@@ -30,6 +33,10 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     there may also be relative to the current folder. Raises RecipeError.
     """
     try:
+        told = path.stat()
+        if not stat.S_ISREG(told.st_mode) or told.st_size > MOST:
+            why = f"{told.st_size:,} bytes" if stat.S_ISREG(told.st_mode) else "no regular file"
+            raise RecipeError(f"{path}: cannot be read ({why})", "a recipe is a YAML text file")
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
         hint = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""

@@ -18,7 +18,7 @@ from trivium.peft.settings import METHODS, PRESETS, as_written, settings_of
 from trivium.stages import STAGES, rows_of
 from trivium.train.budget import in_bytes
 
-NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]*$"
+NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,99}$"  # of a folder, with an ending of ours
 RESERVED = ("model", "tokenizer", "data", "tensorboard", "wandb")  # what a run writes beside its stages
 ENDINGS = (".partial", ".old", ".gone", ".training", ".json", ".html")
 MOST_SEED = 2**63  # what torch takes

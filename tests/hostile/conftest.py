@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import yaml
 from tests.crash.process import write_rows
 from tests.hostile.spoil import RAN
-from tests.hostile.watch import GIVEN_SECONDS, MOST_MEMORY, Ground, Seen, watched
+from tests.hostile.watch import GIVEN_SECONDS, MOST_MEMORY, Seen
 
 MODEL = {"architecture": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
          "vocab_size": 320, "max_position_embeddings": 128}  # fmt: skip

@@ -98,7 +98,7 @@ class Hook:
             if event in ("os.remove", "os.rmdir", "os.mkdir") and isinstance(args[-1], int) and args[-1] >= 0:
                 # relative to a handle, as shutil.rmtree walks
                 paths = [os.path.join(os.readlink(f"/proc/self/fd/{args[-1]}"), os.fsdecode(p)) for p in paths]
-            return next((str(p) for p in paths if not within(parent_of(p), self.writes)), None)
+            return next((str(p) for p in paths if not self.may_write(parent_of(p))), None)
         if event == "exec":
             file = getattr(args[0], "co_filename", "")
             return f"code of {file}" if within(real(file), self.given) else None
@@ -117,6 +117,11 @@ class Hook:
             return caller if "importlib" not in caller else None
         return None
 
+    def may_write(self, place: str) -> bool:
+        """Whether the nearest of the folders it is in is one that may be written to."""
+        nearest = max((root for root in [*self.writes, *self.given] if within(place, [root])), key=len, default="")
+        return nearest in self.writes
+
     def opened(self, path: Any, mode: Any, flags: Any) -> str | None:
         if not isinstance(path, (str, bytes, os.PathLike)):
             return None  # a handle that is open already
@@ -124,7 +129,7 @@ class Hook:
         writing = bool(isinstance(flags, int) and flags & WRITES) or bool(
             isinstance(mode, str) and set(mode) & set("wax+")
         )
-        if writing and not within(place, self.writes):
+        if writing and not self.may_write(place):
             return f"{place} is written"
         if within(place, self.bait):
             return f"{place} is bait"

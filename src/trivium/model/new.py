@@ -8,12 +8,17 @@ from typing import Any
 import torch
 
 from trivium.errors import RecipeError, listed, nearest
+from trivium.terminal import size
+from trivium.train.machine import free_memory
 
 # Sizes from which others are derived.
 WHOLE = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
     "max_position_embeddings", "num_experts_per_tok",
 )  # fmt: skip
+
+INNER = ("intermediate_size", "moe_intermediate_size", "n_inner", "ffn_dim")
+MOST_LAYERS, MOST_VOCABULARY = 10_000, 10_000_000
 
 
 def new_config(sizes: dict[str, Any], tokenizer: Any) -> Any:
@@ -59,7 +64,24 @@ def check_sizes(sizes: dict[str, Any]) -> None:
             vocabulary = sizes.get("vocab_size", 4096)
             return vocabulary if isinstance(vocabulary, int) and vocabulary > 2 else 4096
 
-    new_config(sizes, Stands())
+    config = new_config(sizes, Stands())
+    _check_memory(config, sizes)
+
+
+def _check_memory(config: Any, sizes: dict[str, Any]) -> None:
+    """What cannot be made here is refused before anything is counted up to or allocated. Raises RecipeError."""
+    for key, most in (("num_hidden_layers", MOST_LAYERS), ("vocab_size", MOST_VOCABULARY)):
+        if sizes.get(key, 0) > most:
+            raise RecipeError(f"model.{key}: {sizes[key]:,}, where {most:,} is the most", "mend the sizes in `model`")
+    width, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
+    inner = min(v for key in INNER if isinstance(v := getattr(config, key, None) or width, int))
+    needed = 4 * width * (sizes.get("vocab_size", 0) + layers * inner)  # at the least, in float32
+    if needed > (free := free_memory("cpu")):
+        told = ", ".join(
+            f"{key} {sizes[key]:,}" for key in ("hidden_size", "num_hidden_layers", "vocab_size") if key in sizes
+        )
+        what = f"model: weights of these sizes take {size(needed)} and more ({told}), and {size(free)} are free"
+        raise RecipeError(what, "mend the sizes in `model`")
 
 
 def new_model(config: Any, seed: int) -> Any:
