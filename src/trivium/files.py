@@ -143,10 +143,11 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
 
 
 def read_tensors(folder: Path) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a folder that was found whole, by file."""
+    """The tensors of a folder that was found whole, by file; of a file that its manifest does not name, none."""
     from safetensors.torch import load_file
 
-    return {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors"))}
+    listed = read_json(folder / MANIFEST)["files"]
+    return {file.stem: load_file(file) for file in sorted(folder.glob("*.safetensors")) if file.name in listed}
 
 
 def append_line(path: Path, line: str) -> None:
@@ -315,10 +316,10 @@ def damage(folder: Path, about: Mapping[str, Any] | None = None, quick: bool = F
             return f"{path} is damaged"
         text = path.read_text(encoding="utf-8")
         body = json.loads(text)
-        whole = text == _sealed({"about": body["about"], "files": body["files"]})
+        whole = text == _sealed({"about": body["about"], "files": body["files"]}) and _is_manifest(body)
     except FileNotFoundError:
         return f"{path} is missing"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{path} is damaged"
     if not whole:
         return f"{path} is damaged"
@@ -334,6 +335,13 @@ def damage(folder: Path, about: Mapping[str, Any] | None = None, quick: bool = F
         if not quick and sha256_file(file) != digest:
             return f"{file} is damaged (its SHA-256 is not the one in the manifest)"
     return None
+
+
+def _is_manifest(body: Mapping[str, Any]) -> bool:
+    """Whether what is sealed has the types of a manifest, as anybody can seal anything."""
+    pairs = [entry for entry in body["files"].values() if isinstance(entry, list) and len(entry) == 2]
+    typed = all(isinstance(length, int) and isinstance(digest, str) for length, digest in pairs)
+    return typed and len(pairs) == len(body["files"]) and isinstance(body["about"], dict)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 from collections.abc import Callable
@@ -13,7 +14,18 @@ import pytest
 import yaml
 from tests.crash.process import Process
 from tests.hostile.conftest import STAGE, Sound, check_refused, command, ways_in
-from tests.hostile.spoil import device, directory, moved_out, pickle_in, pipe, rewrite, sparse, with_header
+from tests.hostile.spoil import (
+    change_tensor,
+    device,
+    directory,
+    moved_out,
+    pickle_in,
+    pipe,
+    rename_tensor,
+    rewrite,
+    sparse,
+    with_header,
+)
 from tests.hostile.test_models import json_bomb
 from tests.hostile.watch import Ground, watched
 
@@ -78,15 +90,22 @@ def test_a_record_is_refused(name, sound, tmp_path):
 def interrupted(sound: Sound, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that was stopped, with checkpoints to go on from."""
     here = tmp_path_factory.mktemp("interrupted")
-    stage = {**STAGE, "data": "chats.jsonl", "max_steps": 400, "save_every": 1, "keep_checkpoints": 1}
+    stage = {**STAGE, "data": "chats.jsonl", "max_steps": 4, "save_every": 1, "keep_checkpoints": 1}
     recipe = {"name": "r", "prompts": [], "model": str(sound.run / "base"), "stages": [stage]}
     (here / "chats.jsonl").write_bytes((sound.here / "chats.jsonl").read_bytes())
     (here / "recipe.yaml").write_text(yaml.safe_dump(recipe), encoding="utf-8")
-    process = Process(here / "recipe.yaml")
-    process.wait_for("step 1/")
-    process.send(signal.SIGTERM)
-    assert process.wait().code == 75
+    assert Process(here / "recipe.yaml", meanwhile=dies_after_a_checkpoint).wait().killed
     return here
+
+
+def dies_after_a_checkpoint() -> None:
+    def operation(name: str, path: Path, act: Callable[[], Any]) -> Any:
+        done = act()
+        if name == "rename" and path.name == "step-00000002":
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+
+    files.operation = operation
 
 
 def sealed(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
@@ -133,7 +152,13 @@ CHECKPOINTS: dict[str, Callable[[Path], Any]] = {
     "weights that are a device": lambda f: device(f / WEIGHTS),
     "weights that are a folder": lambda f: directory(f / WEIGHTS),
     "a state that is a list": again(lambda f: (f / STATE).write_text("[]")),
-    "a state of other types": again(lambda f: rewrite(f / STATE, position="../../x", step="x", loop=[])),
+    "a state of other types": again(lambda f: rewrite(f / STATE, best=["../../x"])),
+    "a state of other times": again(lambda f: rewrite(f / STATE, elapsed="x")),
+    "a state of other costs": again(lambda f: rewrite(f / STATE, costs={"seconds": ["x"]})),
+    "weights of another name": again(lambda f: rename_tensor(f / WEIGHTS, "../../x")),
+    "moments of another shape": again(lambda f: change_tensor(f / "optimizer.safetensors", dtype="I32")),
+    "random numbers of another name": again(lambda f: rename_tensor(f / "rng.safetensors", "evil")),
+    "no weights at all": again(lambda f: (f / WEIGHTS).unlink()),
     "a state that is a link out": lambda f: moved_out(f / STATE),
     "a state nested 100,000 deep": again(lambda f: (f / STATE).write_text("[" * 100_000)),
     "a pipe besides": lambda f: pipe(f / "more.safetensors"),
@@ -149,12 +174,11 @@ def test_a_checkpoint_is_refused(name, interrupted, sound, tmp_path):
     for folder in here.rglob("step-*"):
         CHECKPOINTS[name](folder)
     bait = [p for p in here.rglob("*.pt")] + [p for p in here.rglob("outside/*")]
-    act = command("run", here / "recipe.yaml", "--out", here / "out", "--set", "stages.x.max_steps=400", "--until", "x")
+    act = command("run", here / "recipe.yaml", "--out", here / "out")
     ground = Ground((here, sound.here), here / "out", tuple(bait))
     seen = watched([act], ground)
     code, said = seen.ended[0] if seen.ended else (1, str(seen))
     assert seen.faults == [], said
     assert "Traceback" not in said
     assert code == (0 if name in GOES_ON else 4), said
-    if code:
-        assert "no checkpoint is whole" in said or "checkpoint" in said
+    assert "goes on after step 2" in said if code == 0 else "checkpoint" in said[said.index("error: ") :]

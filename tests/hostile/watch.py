@@ -256,7 +256,7 @@ class Bait:
             return []
         found, at = [], 0
         while at < len(data):
-            number, _, _, length = struct.unpack_from("iIII", data, at)
-            found.append(self.names[number])
+            number, mask, _, length = struct.unpack_from("iIII", data, at)
+            found += [self.names[number]] if mask & OPENED else []  # else it was removed
             at += 16 + length
         return sorted(set(found))

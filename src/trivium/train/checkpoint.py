@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.errors import CheckpointError, DiskError
+from trivium.errors import CheckpointError, DiskError, ModelError
 from trivium.files import (
     MANIFEST,
     damage,
@@ -37,11 +37,16 @@ from trivium.files import (
     write_tensors,
     write_text,
 )
+from trivium.model.headers import header
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 STATE = "state.json"
+TYPES: dict[str, Any] = {
+    "steps": int, "step": int, "elapsed": (int, float), "peak": int, "best": dict, "about": dict, "costs": dict,
+    "saving": dict, "how": dict, "accepted": list, "date": str,
+}  # fmt: skip
 NAME = re.compile(r"step-(\d{8,})")
 
 
@@ -109,12 +114,17 @@ class Checkpoints:
     def at(self, step: int) -> Found | None:
         """The checkpoint of a step, where it is whole; else the reason is added to ``rejected``."""
         folder = self._folder(step)
-        reason = damage(folder, {**self.about, "step": step})
-        if reason is not None:
-            self.rejected.append(reason)
+        reason, state = damage(folder, {**self.about, "step": step}), None
+        if reason is None:
+            try:
+                state = _contents(folder)
+            except ModelError as error:  # sealed as it is, and yet none of ours
+                reason = error.what
+        if state is None:
+            self.rejected.append(reason or f"{folder / STATE} is damaged")
             self._bad.add(step)
             return None
-        return Found(folder, step, read_json(folder / STATE))
+        return Found(folder, step, state)
 
     def save(
         self, step: int, tensors: Mapping[str, Mapping[str, Tensor]], state: Mapping[str, Any],
@@ -203,6 +213,23 @@ class Checkpoints:
         return self.folder / f"step-{step:08}"
 
 
+def _contents(folder: Path) -> dict[str, Any] | None:
+    """The state of a checkpoint whose tensors can be read; None where it is none. Raises ModelError."""
+    for name in read_json(folder / MANIFEST)["files"]:
+        if name.endswith(".safetensors"):
+            header(folder / name)
+    state = read_json(folder / STATE)
+    if not isinstance(state, dict):
+        return None
+    typed = all((state[key] is None or isinstance(state[key], kind)) for key, kind in TYPES.items() if key in state)
+    numbers = (
+        all(isinstance(n, (int, float)) for key in ("costs", "saving") for n in (state.get(key) or {}).values())
+        if typed
+        else False
+    )
+    return state if numbers else None
+
+
 def steps_in(folder: Path) -> list[int]:
     """The steps of the checkpoints in a folder, ascending, whole or not."""
     names: Iterable[str] = (p.name for p in folder.iterdir()) if folder.is_dir() else ()
@@ -212,8 +239,9 @@ def steps_in(folder: Path) -> list[int]:
 def peek(folder: Path) -> dict[str, Any] | None:
     """The state of the newest checkpoint that can be read, unverified; None where there is none."""
     for step in reversed(steps_in(folder)):
+        file = folder / f"step-{step:08}" / STATE
         with contextlib.suppress(Exception):
-            state = read_json(folder / f"step-{step:08}" / STATE)
+            state = read_json(file) if not file.is_symlink() else None
             if isinstance(state, dict):
                 return state
     return None

@@ -45,6 +45,7 @@ def take(model: nn.Module, optimizers: list[torch.optim.Optimizer], device: str,
 def put_back(taken: Taken, model: nn.Module, optimizers: list[torch.optim.Optimizer], device: str) -> None:
     """The state as it was taken. Raises CheckpointError where it is that of other weights."""
     mine = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    _check(taken, mine)
     put_weights(taken["weights"], mine)
     found: dict[tuple[str, str], dict[str, Tensor]] = defaultdict(dict)
     for full, tensor in taken["optimizer"].items():
@@ -58,6 +59,19 @@ def put_back(taken: Taken, model: nn.Module, optimizers: list[torch.optim.Optimi
         state = {index: found[str(count), n] for index, n in enumerate(order) if (str(count), n) in found}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
     set_random_state(taken["rng"], device)
+
+
+def _check(taken: Taken, mine: dict[str, nn.Parameter]) -> None:
+    """What is put back is of this training. Raises CheckpointError."""
+    wrong = [name for name in ("weights", "optimizer", "rng") if name not in taken]
+    for full, tensor in taken["optimizer"].items() if not wrong else ():
+        name, _, key = full.partition(".")[2].rpartition(".")
+        fits = name in mine and tensor.shape in (mine[name].shape, torch.Size([]))
+        wrong += [] if key and fits and tensor.is_floating_point() else [full]
+    random, own = taken.get("rng", {}).get("cpu"), torch.get_rng_state()
+    if wrong or random is None or (random.shape, random.dtype) != (own.shape, own.dtype):
+        what = f"the checkpoint is of another training ({(wrong or ['rng'])[0][:80]})"
+        raise CheckpointError(what, "start over with --fresh")
 
 
 def put_weights(weights: dict[str, Tensor], mine: dict[str, nn.Parameter]) -> None:
