@@ -199,18 +199,18 @@ def _quantization_fault(value: Any, folder: Path) -> str | None:
 def _check_known(folder: Path) -> None:
     """What has its code in its folder or on the hub is refused (``auto_map``), unless `transformers` has the same
     itself: it then takes its own, as ``trust_remote_code=False`` has it. Raises ModelError."""
-    config, tokenizer = (
-        read_json(folder / name) if (folder / name).exists() else None
-        for name in ("config.json", "tokenizer_config.json")
-    )
+    config, tokenizer = (_told(folder / name) for name in ("config.json", "tokenizer_config.json"))
     remedy = "trivium runs no code from model folders; use a model that transformers itself knows"
-    of_model = isinstance(config, dict) and bool(config.get("model_type"))
-    if of_model and config.get("auto_map") and not _has_model(config["model_type"]):
+    known = bool(config.get("model_type")) and _has_model(config["model_type"])
+    if config.get("auto_map") and not known:
         raise ModelError(f"{folder}: its architecture needs code of its own", remedy)
-    if isinstance(tokenizer, dict) and tokenizer.get("auto_map"):
-        known = of_model and _has_model(config["model_type"])
-        if not known and not _has_tokenizer(tokenizer.get("tokenizer_class")):
-            raise ModelError(f"{folder}: its tokenizer needs code of its own", remedy)
+    if tokenizer.get("auto_map") and not known and not _has_tokenizer(tokenizer.get("tokenizer_class")):
+        raise ModelError(f"{folder}: its tokenizer needs code of its own", remedy)
+
+
+def _told(path: Path) -> dict[str, Any]:
+    found = read_json(path) if path.exists() else None
+    return found if isinstance(found, dict) else {}
 
 
 def _has_model(model_type: str) -> bool:
