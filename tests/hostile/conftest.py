@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -62,6 +62,11 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
             with contextlib.suppress(SystemExit):
                 act()
     return found
+
+
+def some(names: Iterable[str]) -> list[Any]:
+    """The cases as parameters: every third is always run, the others with the slow tests (all: 80 s of one core)."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if n % 3 else []) for n, name in enumerate(names)]
 
 
 def command(*arguments: object) -> Callable[[], None]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.hostile.conftest import check_refused, nothing_left, ways_in
+from tests.hostile.conftest import check_refused, nothing_left, some, ways_in
 from tests.hostile.spoil import (
     change_tensor,
     code_in,
@@ -96,7 +96,7 @@ ADAPTERS: dict[str, tuple[Spoil, str]] = {
     "a base of 10 kB of path": (on("../" * 3000 + "x"), "its base model is not at"),
     "a base with a zero byte": (on("a\0b"), "its base model is not at"),
     "a base that is hostile": (
-        base_that_is(lambda p: (p.mkdir(), rewrite(p / "config.json", model_type="mine", auto_map={"AutoConfig": "evil.C"}),
+        base_that_is(lambda p: (p.mkdir(), rewrite(p / "config.json", model_type="mine", auto_map={"AutoConfig": "e.C"}),
                                 (p / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}"))), "code of its own",
     ),
     # settings
@@ -143,7 +143,9 @@ ADAPTERS: dict[str, tuple[Spoil, str]] = {
         tensors(lambda t: t.update({"base_model.model.x.lora_A.weight": torch.zeros(2, 32)})), "x",
     ),
     "another rank": (tensors(lambda t: t.update({first(t): torch.zeros(64, 32)})), "given"),
-    "numbers that are none": (tensors(lambda t: t.update({first(t): torch.full_like(t[first(t)], torch.nan)})), "no finite"),
+    "numbers that are none": (
+        tensors(lambda t: t.update({first(t): torch.full_like(t[first(t)], torch.nan)})), "no finite",
+    ),
     "numbers that are whole": (tensors(lambda t: t.update({first(t): t[first(t)].int()})), "no finite fractions"),
 }  # fmt: skip
 SHOW, INSPECT, JUDGED, LOAD, MERGE = 2, 3, 4, 5, 6
@@ -152,7 +154,7 @@ SHOW, INSPECT, JUDGED, LOAD, MERGE = 2, 3, 4, 5, 6
 LATE = (SHOW, INSPECT, JUDGED)
 
 
-@pytest.mark.parametrize("name", ADAPTERS)
+@pytest.mark.parametrize("name", some(ADAPTERS))
 def test_an_adapter_folder_is_refused(name, sound, tmp_path):
     spoil, says = ADAPTERS[name]
     folder = sound.copy("chat", tmp_path)
@@ -180,7 +182,7 @@ HARMLESS: dict[str, Spoil] = {
 }
 
 
-@pytest.mark.parametrize("name", HARMLESS)
+@pytest.mark.parametrize("name", some(HARMLESS))
 def test_what_is_harmless_changes_nothing(name, sound, tmp_path):
     """The tensors say what is adapted; what PEFT would import or match is read by nobody."""
     folder = sound.copy("chat", tmp_path)

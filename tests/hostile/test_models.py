@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import json
 import shutil
+import struct
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.hostile.conftest import check_refused, command, nothing_left, ways_in
+from tests.hostile.conftest import check_refused, command, nothing_left, some, ways_in
 from tests.hostile.spoil import (
     ARCHITECTURE,
     change_tensor,
@@ -109,7 +110,7 @@ def json_bomb(depth: int, key: str = "x") -> Callable[[Path], Any]:
     )
 
 
-LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% for c in range(99999) %}{% endfor %}{% endfor %}{% endfor %}"
+LOOP = "{% for a in range(99999) %}" * 3 + "{% endfor %}" * 3
 MODELS: dict[str, tuple[Spoil, str]] = {
     # code
     "weights only as a pickle": (lambda f: ((f / WEIGHTS).unlink(), pickle_in(f, "pytorch_model.bin")), "can run code"),
@@ -122,7 +123,9 @@ MODELS: dict[str, tuple[Spoil, str]] = {
     "trust_remote_code": (config(trust_remote_code=True), "trust_remote_code"),
     "trust_remote_code in the tokenizer": (tokenizer(trust_remote_code=True), "trust_remote_code"),
     "_target_": (config(_target_="os.system"), "_target_"),
-    "_target_ deep inside": (config(rope_parameters={"rope_type": "default", "x": [{"_target_": "os.system"}]}), "_target_"),
+    "_target_ deep inside": (
+        config(rope_parameters={"rope_type": "default", "x": [{"_target_": "os.system"}]}), "_target_",
+    ),
     "py/object": (config(extra={"py/object": "evil.Model"}), "py/object"),
     "attention from the hub": (config(attn_implementation="owner/kernel"), "attn_implementation"),
     "attention from the hub, hidden": (config(_attn_implementation="owner/kernel@v1:run"), "attn_implementation"),
@@ -137,7 +140,9 @@ MODELS: dict[str, tuple[Spoil, str]] = {
     ),
     "weights named in the config, outside": (config(transformers_weights="../x.safetensors"), "transformers_weights"),
     "quantiser of a module": (config(quantization_config={"quant_method": "evil.Quantizer"}), "quantization_config"),
-    "quantiser called custom": (config(quantization_config={"quant_method": "custom", "x": "evil"}), "quantization_config"),
+    "quantiser called custom": (
+        config(quantization_config={"quant_method": "custom", "x": "evil"}), "quantization_config",
+    ),
     "quantiser that is a list": (config(quantization_config=["evil"]), "quantization_config"),
     "quantiser with a pattern that hangs": (
         config(quantization_config={"quant_method": "fp8", "modules_to_not_convert": ["(.*)*$"]}), "may never end",
@@ -192,7 +197,9 @@ MODELS: dict[str, tuple[Spoil, str]] = {
     "a tokenizer of 10 GB": (file(TEXT, sparse, 10 * 10**9), "is the most"),
     "a config nested 100,000 deep": (file(CONFIG, json_bomb(100_000)), "config.json"),
     "a config nested 500 deep": (file(CONFIG, json_bomb(500)), "nested too deeply"),
-    "a number of 10,000 digits": (file(CONFIG, lambda p: p.write_text('{"model_type": "llama", "x": ' + "9" * 10_000 + "}")), "digit"),
+    "a number of 10,000 digits": (
+        file(CONFIG, lambda p: p.write_text('{"model_type": "llama", "x": ' + "9" * 10_000 + "}")), "digit",
+    ),
     "a size that is NaN": (config(hidden_size=float("nan")), "hidden_size"),
     "a size that is infinite": (config(hidden_size=float("inf")), "hidden_size"),
     "a config that is not text": (file(CONFIG, lambda p: p.write_bytes(b'{"model_type": "\xff\xfe"}')), "not UTF-8"),
@@ -207,7 +214,9 @@ MODELS: dict[str, tuple[Spoil, str]] = {
     "a size that is true": (config(num_hidden_layers=True), "num_hidden_layers"),
     # tokenizers and templates
     "a normaliser that hangs": (in_tokenizer(lambda v: v.update(normalizer=replaces("(a+)+$"))), "may take forever"),
-    "a splitter that hangs": (in_tokenizer(lambda v: v.update(pre_tokenizer=splits("(?:(?:a|aa)*)*$"))), "may take forever"),
+    "a splitter that hangs": (
+        in_tokenizer(lambda v: v.update(pre_tokenizer=splits("(?:(?:a|aa)*)*$"))), "may take forever",
+    ),
     "a pattern under another spelling": (hidden_pattern, "may take forever"),
     "a token with a negative id": (
         in_tokenizer(lambda v: v["added_tokens"].append({**v["added_tokens"][0], "content": "z", "id": -1})), "",
@@ -221,15 +230,18 @@ MODELS: dict[str, tuple[Spoil, str]] = {
     "a template of 10 MB": (template("{{ messages }}" + " " * (10 << 20)), "is the most"),
     "a template in the settings": (
         lambda f: ((f / "chat_template.jinja").unlink(missing_ok=True),
-                   rewrite(f / TOKENIZER, chat_template="{{ cycler.__init__.__globals__.os.system('id') }}")), "chat template",
+                   rewrite(f / TOKENIZER, chat_template="{{ cycler.__init__.__globals__.os.system('id') }}")),
+        "chat template",
     ),
     "a list of named templates": (
         lambda f: ((f / "chat_template.jinja").unlink(missing_ok=True), rewrite(f / TOKENIZER, chat_template=[
-            {"name": "default", "template": "{{ lipsum.__globals__ }}"}, {"name": "x", "template": LOOP}])), "chat template",
+            {"name": "default", "template": "{{ lipsum.__globals__ }}"}, {"name": "x", "template": LOOP}])),
+        "chat template",
     ),
     "a named template outside": (more_templates, "a link out of its folder"),
     "a pipe among the templates": (
-        lambda f: ((f / "additional_chat_templates").mkdir(), pipe(f / "additional_chat_templates" / "x.jinja")), "no regular file",
+        lambda f: ((f / "additional_chat_templates").mkdir(), pipe(f / "additional_chat_templates" / "x.jinja")),
+        "no regular file",
     ),
 }  # fmt: skip
 
@@ -251,11 +263,11 @@ LATE = {
 
 def look(folder: Path, here: Path, sound: Any, most: int | None = None) -> Any:
     code = [p for p in folder.rglob("*") if p.suffix in CODE and p.is_file()]
-    out = [p for p in (here / "outside").glob("*")] if (here / "outside").exists() else []
+    out = list((here / "outside").glob("*")) if (here / "outside").exists() else []
     return watched(ways_in(folder, here, sound)[:most], Ground((folder, sound.here), here, bait=(*code, *out)))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", some(MODELS))
 def test_a_model_folder_is_refused(name, sound, tmp_path):
     spoil, says = MODELS[name]
     folder = sound.copy("base", tmp_path)
@@ -302,7 +314,7 @@ HARMLESS: dict[str, Spoil] = {
 }
 
 
-@pytest.mark.parametrize("name", HARMLESS)
+@pytest.mark.parametrize("name", some(HARMLESS))
 def test_what_is_harmless_is_not_even_opened(name, sound, tmp_path):
     """Such things stand in many good folders of the hub: they are no reason to refuse, and nothing comes of them."""
     folder = sound.copy("base", tmp_path)
@@ -319,26 +331,27 @@ GGUF: dict[str, tuple[Callable[[Path], Any], str]] = {
     "2**63 keys": (lambda p: gguf(p, [ARCHITECTURE], counts=(0, 2**63)), "entries"),
     "a key longer than the file": (lambda p: gguf(p, [gguf_text("x", 2**62)]), "longer than the file"),
     "an array longer than the file": (
-        lambda p: gguf(p, [gguf_text("a") + (9).to_bytes(4, "little") + (4).to_bytes(4, "little") + (2**61).to_bytes(8, "little")]),
+        lambda p: gguf(p, [gguf_text("a") + struct.pack("<IIQ", 9, 4, 2**61)]),
         "longer than the file",
     ),
     "a tensor of 2**40 numbers": (
-        lambda p: gguf(p, [ARCHITECTURE], [gguf_text("w") + (1).to_bytes(4, "little") + (2**40).to_bytes(8, "little") + bytes(12)]),
+        lambda p: gguf(p, [ARCHITECTURE], [gguf_text("w") + struct.pack("<IQ", 1, 2**40) + bytes(12)]),
         "a tensor of shape",
     ),
     "a tensor of a billion dimensions": (
-        lambda p: gguf(p, [ARCHITECTURE], [gguf_text("w") + (10**9).to_bytes(4, "little") + bytes(64)]), "dimensions",
+        lambda p: gguf(p, [ARCHITECTURE], [gguf_text("w") + struct.pack("<I", 10**9) + bytes(64)]), "dimensions",
     ),
-    "an unknown kind of value": (lambda p: gguf(p, [gguf_text("a") + (99).to_bytes(4, "little")]), "unknown kind"),
+    "an unknown kind of value": (lambda p: gguf(p, [gguf_text("a") + struct.pack("<I", 99)]), "unknown kind"),
     "an adapter beside it": (
-        lambda p: (gguf(p, [ARCHITECTURE]), rewrite(p.parent / "adapter_config.json", base_model_name_or_path="owner/x")), "adapter_config.json",
+        lambda p: (gguf(p, [ARCHITECTURE]), rewrite(p.parent / "adapter_config.json", base_model_name_or_path="o/x")),
+        "adapter_config.json",
     ),
     "nothing in it": (lambda p: gguf(p, []), ""),
     "a pipe": (pipe, "no such model folder"),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", GGUF)
+@pytest.mark.parametrize("name", some(GGUF))
 def test_a_gguf_file_is_refused(name, sound, tmp_path):
     spoil, says = GGUF[name]
     given = tmp_path / "given" / "x.gguf"

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from tests.hostile.conftest import MODEL, check_refused, command, nothing_left
+from tests.hostile.conftest import MODEL, check_refused, command, nothing_left, some
 from tests.hostile.spoil import code_in, device, directory, pipe, sparse
 from tests.hostile.watch import Ground, watched
 
@@ -111,7 +111,9 @@ RECIPES: dict[str, tuple[Callable[[Path, str], Any], str]] = {
     "an optimizer in a module": (recipe({"optimizer": "evil.Adam"}), "optimizer"),
     "a device in a module": (recipe({"device": "evil.device"}), "device"),
     "a tracker in a module": (recipe(track="evil"), "track"),
-    "target_modules that hang": (recipe({"method": {"name": "lora", "target_modules": ["*a" * 40 + "*b"]}}), "target_modules"),
+    "target_modules that hang": (
+        recipe({"method": {"name": "lora", "target_modules": ["*a" * 40 + "*b"]}}), "target_modules",
+    ),
     "attention of the hub": (changed(_attn_implementation="owner/kernel"), "_attn_implementation"),
     "code in the config": (changed(auto_map={"AutoConfig": "evil.Config"}), "auto_map"),
     "a quantiser in the config": (changed(quantization_config={"quant_method": "evil.Q"}), "quantization_config"),
@@ -133,7 +135,7 @@ RECIPES: dict[str, tuple[Callable[[Path, str], Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", some(RECIPES))
 def test_a_recipe_is_refused(name, sound, tmp_path):
     write, says = RECIPES[name]
     for rows in sound.here.glob("*.jsonl"):

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from tests.crash.process import Process
-from tests.hostile.conftest import STAGE, Sound, check_refused, command, ways_in
+from tests.hostile.conftest import STAGE, Sound, check_refused, command, some, ways_in
 from tests.hostile.spoil import (
     change_tensor,
     device,
@@ -67,7 +67,7 @@ RECORDS: dict[str, tuple[Callable[[Path], Any], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", RECORDS)
+@pytest.mark.parametrize("name", some(RECORDS))
 def test_a_record_is_refused(name, sound, tmp_path):
     spoil, says = RECORDS[name]
     folder = Path(shutil.copytree(sound.run, tmp_path / "run")) / "chat"
@@ -168,12 +168,12 @@ CHECKPOINTS: dict[str, Callable[[Path], Any]] = {
 GOES_ON = ("a pipe besides", "a device besides", "a pickle besides")  # as if it were not there
 
 
-@pytest.mark.parametrize("name", CHECKPOINTS)
+@pytest.mark.parametrize("name", some(CHECKPOINTS))
 def test_a_checkpoint_is_refused(name, interrupted, sound, tmp_path):
     here = Path(shutil.copytree(interrupted, tmp_path / "here"))
     for folder in here.rglob("step-*"):
         CHECKPOINTS[name](folder)
-    bait = [p for p in here.rglob("*.pt")] + [p for p in here.rglob("outside/*")]
+    bait = [*here.rglob("*.pt"), *here.rglob("outside/*")]
     act = command("run", here / "recipe.yaml", "--out", here / "out")
     ground = Ground((here, sound.here), here / "out", tuple(bait))
     seen = watched([act], ground)

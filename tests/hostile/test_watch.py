@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import io
 import marshal
@@ -36,7 +37,7 @@ def forked() -> None:
 
 
 def loaded(folder: Path) -> None:
-    with pytest.raises(OSError):
+    with contextlib.suppress(OSError):
         ctypes.CDLL(str(folder / "other.so"))
 
 
@@ -51,7 +52,7 @@ def bound() -> None:
 
 
 def seek_name() -> None:
-    with pytest.raises(OSError):
+    with contextlib.suppress(OSError):
         socket.getaddrinfo("no.such.host.invalid", 443)
 
 

@@ -97,7 +97,7 @@ class Hook:
             paths = [a for a in args if isinstance(a, (str, bytes, os.PathLike))]
             if event in ("os.remove", "os.rmdir", "os.mkdir") and isinstance(args[-1], int) and args[-1] >= 0:
                 # relative to a handle, as shutil.rmtree walks
-                paths = [os.path.join(os.readlink(f"/proc/self/fd/{args[-1]}"), os.fsdecode(p)) for p in paths]
+                paths = [Path(f"/proc/self/fd/{args[-1]}").readlink() / os.fsdecode(p) for p in paths]
             return next((str(p) for p in paths if not self.may_write(parent_of(p))), None)
         if event == "exec":
             file = getattr(args[0], "co_filename", "")
@@ -140,7 +140,8 @@ class Hook:
 
 def parent_of(path: Any) -> str:
     """Where a name stands: what it links to stays as it is when it is removed."""
-    return os.path.join(real(os.path.dirname(os.fsdecode(path)) or "."), os.path.basename(os.fsdecode(path)))
+    place = Path(os.fsdecode(path))
+    return f"{real(place.parent)}/{place.name}"
 
 
 def real(path: Any) -> str:

@@ -19,6 +19,7 @@ from trivium.model.load import load_base, shape_of
 from trivium.model.untrusted import can_hang, check_folder
 
 SHA = "0123456789abcdef0123456789abcdef01234567"
+# ruff: noqa: E501 (patterns are not cut)
 # As they stand in tokenizers that are in use.
 IN_USE = {
     "gpt2": r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+",
