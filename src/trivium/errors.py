@@ -18,6 +18,7 @@ Our own mistake is an ``assert`` with a message, ends in a traceback and exit co
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
 
@@ -27,9 +28,8 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, what: str, remedy: str) -> None:
-        super().__init__(what, remedy)
-        self.what = what
-        self.remedy = remedy
+        self.what, self.remedy = printable(what), printable(remedy)
+        super().__init__(self.what, self.remedy)
 
     def __str__(self) -> str:
         return f"{self.what}\n  {self.remedy}"
@@ -79,6 +79,30 @@ class Interrupted(UserError):
     """Stopped before the end; the same command goes on."""
 
     exit_code = 75
+
+
+MOST = 700  # characters of a line that is told
+# What steers a terminal, hides or turns round what follows, or is half a character.
+_UNSEEN = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028\u2029\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+
+
+def printable(text: str, most: int = MOST) -> str:
+    """``text`` on one line of at most ``most`` characters, as any terminal can show it: it may quote anybody's file."""
+    text = " ".join(line.strip() for line in text.splitlines()) if "\n" in text else text
+    if len(text) > most:
+        text = f"{text[: most - 105]} ... {text[-100:]}"
+    return _UNSEEN.sub(lambda found: found[0].encode("unicode_escape").decode("ascii"), text)
+
+
+def said(error: BaseException, most: int = 160) -> str:
+    """What a library raised, in words and on one line: names of Python's classes say nothing to a person."""
+    text = " ".join(str(error)[:2000].split())
+    if isinstance(error, KeyError):
+        text = f"no {text}"
+    text = re.sub(r"<class '(?:\w+\.)*(\w+)'>", r"\1", text)
+    text = re.sub(r"\b[A-Z]\w*(?:Error|Exception)\b:? ?", "", text).strip()
+    name = re.sub(r"(?<=[a-z])(?=[A-Z])", " ", type(error).__name__).lower()
+    return printable(text[:most] or name)
 
 
 def nearest(name: str, names: Iterable[str]) -> str:

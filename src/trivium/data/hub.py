@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from trivium.errors import DataError
+from trivium.errors import DataError, said
 
 PREFIX = "hf://"
 _SPLIT = re.compile(r"(^|/)(train|validation|valid|dev|test|eval)[-_./][^/]*(?:/.*)?$")
@@ -28,7 +28,7 @@ def local(place: str) -> Path:
     try:
         root = Path(snapshot_download(repository, repo_type="dataset", allow_patterns=wanted))
     except Exception as error:  # the hub's client raises its own, httpx's and OS errors alike
-        reason = str(error).strip().splitlines()[0][:120] if str(error).strip() else type(error).__name__
+        reason = said(error, 120)
         raise DataError(
             f"{place}: the hub did not give it ({reason})", "check the name and the network, or give a local path"
         ) from None

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from trivium.errors import RecipeError, listed, nearest
+from trivium.errors import RecipeError, listed, nearest, said
 from trivium.terminal import size
 from trivium.train.machine import free_memory
 
@@ -50,8 +50,9 @@ def new_config(sizes: dict[str, Any], tokenizer: Any) -> Any:
     try:
         return config_class(**known)
     except Exception as error:  # a config class checks its own fields, each in its own way
-        reason = " ".join(str(error).split())[:200]
-        raise RecipeError(f"model: {architecture} refuses these sizes: {reason}", "mend the sizes in `model`") from None
+        raise RecipeError(
+            f"model: {architecture} refuses these sizes: {said(error, 200)}", "mend the sizes in `model`"
+        ) from None
 
 
 def check_sizes(sizes: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trivium.errors import ModelError
+from trivium.errors import ModelError, said
 from trivium.forest import Example, Forest, TokenSequence, lay_out
 from trivium.model.language_model import LanguageModel
 from trivium.model.layout import LAYOUTS, row_inputs, sequence_rows
@@ -85,7 +85,7 @@ def prove(model: LanguageModel, examples: list[Example]) -> Proof:
                 grads = _gradients(model, model.logprob(small), small)
                 grads_apart = _gradients_apart(grads, expected_grads)
         except (NotImplementedError, TypeError, ValueError, RuntimeError, AttributeError, KeyError) as error:
-            refused.append(f"{layout}: {type(error).__name__} {str(error).splitlines()[0][:80] if str(error) else ''}")
+            refused.append(f"{layout}: {said(error, 100)}")
             continue
         if mean <= limit.mean and apart <= limit.most and grads_apart <= limit.gradient:
             return Proof(layout, apart, grads_apart, len(forest.tokens), tuple(refused))
