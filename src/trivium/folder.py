@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trivium.errors import ModelError, RecipeError
+from trivium.errors import ModelError, RecipeError, said
 from trivium.files import read_json, sha256_file, sha256_json, write_by, write_json
 from trivium.model.door import config_of, fetched, tokenizer_of
 from trivium.model.language_model import LanguageModel
@@ -173,8 +173,7 @@ def load_tokenizer(folder: Path) -> Any:
         except ModelError:
             raise
         except Exception as error:  # tokenizers raises bare Exception for a damaged file
-            reason = (str(error).splitlines() or [type(error).__name__])[0][:120]
-            raise ModelError(f"{folder}: its tokenizer cannot be loaded: {reason}", "restore the folder") from None
+            raise ModelError(f"{folder}: its tokenizer cannot be loaded: {said(error)}", "restore the folder") from None
 
 
 def reading_of(source: str) -> tuple[Any, int | None]:
@@ -207,7 +206,7 @@ def base_of(folder: Path) -> str:
     named = read_config(folder).get("base_model_name_or_path")
     tried = []
     for place in (recorded.get("path"), recorded.get("source"), named):
-        if not isinstance(place, str) or not place:
+        if not isinstance(place, str) or not place or "\0" in place:
             continue
         for candidate in _places(folder, place):
             if candidate.exists():

@@ -15,6 +15,7 @@ from typing import Any
 from trivium.errors import ModelError
 from trivium.files import read_json
 from trivium.model.untrusted import READ, TEMPLATES, check_files, check_folder, inside
+from trivium.model.vocabulary import tried
 
 Extra = dict[str, Any]
 KEPT = {"trust_remote_code": False}  # nothing is run; without it transformers asks a person at the terminal
@@ -66,10 +67,10 @@ def config_of(where: str, extra: Extra) -> Any:
 
 
 def tokenizer_of(where: str, extra: Extra) -> Any:
-    """The tokenizer."""
+    """The tokenizer, when it has read a text."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(where, **extra, **KEPT)
+    return tried(AutoTokenizer.from_pretrained(where, **extra, **KEPT))
 
 
 def model_of(kind: Any, where: str, extra: Extra, config: Any, dtype: Any) -> tuple[Any, dict[str, Any]]:

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from trivium.errors import ModelError
+from trivium.errors import ModelError, said
+from trivium.files import exists
 from trivium.model.door import Extra, config_of, fetched, model_of, tokenizer_of
 from trivium.model.headers import check_gguf
 from trivium.model.language_model import LanguageModel
@@ -159,7 +160,7 @@ def wrap(hf: Any, tokenizer: Any, dtype: str, saved_dtype: Any) -> LanguageModel
 def locate(source: str) -> tuple[str, Extra]:
     """(what ``from_pretrained`` is given, its extra arguments); raises ModelError for what is not a model."""
     path = Path(source).expanduser()
-    if path.is_file():
+    if exists(path) and path.is_file():
         if path.suffix != ".gguf":
             raise ModelError(f"{path}: not a model", "give a model folder, a .gguf file, or a hub id")
         if path.open("rb").read(4) != b"GGUF":
@@ -173,7 +174,7 @@ def locate(source: str) -> tuple[str, Extra]:
         except ImportError:
             raise ModelError(f"{path}: reading GGUF needs a package", 'pip install "trivium[gguf]"') from None
         return str(path.parent), {"gguf_file": path.name}
-    if path.is_dir():
+    if exists(path) and path.is_dir():
         _check_folder(path)
         return str(path), {}
     if source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") != 1:
@@ -225,13 +226,11 @@ def clear_errors_of(source: str) -> Iterator[None]:
     except ModelError:
         raise
     except ImportError as error:
-        package = getattr(error, "name", None) or str(error).split("\n")[0][:80]
+        package = getattr(error, "name", None) or said(error, 80)
         raise ModelError(f"{source}: reading it needs a package: {package}", f"pip install {package}") from None
     except RecursionError:
         raise ModelError(f"{source}: its files are nested too deeply", "restore the folder") from None
     except Exception as error:  # transformers raises anything from KeyError to SafetensorError here
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        reason = (lines[0] if lines else type(error).__name__)[:160]
         if not Path(source).expanduser().exists():
             offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
             remedy = "check the id and the network; a local model is given by its folder"
@@ -243,5 +242,5 @@ def clear_errors_of(source: str) -> Iterator[None]:
             if sign in str(error):
                 raise ModelError(f"{source}: {what}", remedy) from None
         raise ModelError(
-            f"{source}: cannot be loaded: {reason}", "check that the folder is whole and its files match"
+            f"{source}: cannot be loaded: {said(error)}", "check that the folder is whole and its files match"
         ) from None

@@ -24,6 +24,7 @@ from typing import Any
 from trivium.errors import ModelError
 from trivium.files import read_json
 from trivium.model.headers import header
+from trivium.model.vocabulary import check_ids
 from trivium.terminal import size
 
 READ = (".safetensors", ".json", ".jinja", ".model", ".txt", ".tiktoken")  # what is read of a folder, or hashed
@@ -82,6 +83,7 @@ def check_files(folder: Path) -> None:
             check_settings(folder / name, read_json(folder / name))
     if (folder / "tokenizer.json").exists():
         _check_patterns(folder / "tokenizer.json")
+    check_ids(folder)
     _check_known(folder)
 
 
