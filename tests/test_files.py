@@ -170,3 +170,27 @@ def test_hashes(tmp_path):
     assert files.sha256_file(tmp_path / "x") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
     (tmp_path / "y.bin").write_bytes(b"12345")
     assert (folder_bytes(tmp_path), folder_bytes(tmp_path, ".bin")) == (8, 5)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"about": [1], "files": {}}, {"about": {}, "files": []}, {"about": {}, "files": {"a": 1}}, {"about": 3,
+        "files": "x"},
+        {"about": {}, "files": {"a": ["x", "y"]}}, {"about": {}, "files": {"a": [1, 2, 3]}},
+        {"about": {}, "files": {"a": [None, ""]}},
+    ],
+)  # fmt: skip
+def test_a_manifest_of_other_types_is_damage_however_it_is_sealed(body, tmp_path):
+    (tmp_path / "a").write_text("x", encoding="utf-8")
+    (tmp_path / MANIFEST).write_text(files._sealed(body), encoding="utf-8")
+    assert files.damage(tmp_path, {"step": 1}) == f"{tmp_path / MANIFEST} is damaged"
+
+
+def test_only_the_files_that_matter_are_looked_at(tmp_path):
+    with whole_folder(tmp_path / "out") as partial:
+        for name in ("a", "b"):
+            (partial / name).write_text("x", encoding="utf-8")
+    (tmp_path / "out" / "a").write_text("y", encoding="utf-8")
+    assert files.damage(tmp_path / "out", only=("b",)) is None
+    assert "SHA-256" in str(files.damage(tmp_path / "out", only=("a", "b")))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
 
 from trivium.errors import RecipeError
 from trivium.recipe import Recipe, Stage
-from trivium.recipe_file import parse_recipe
+from trivium.recipe_file import parse_recipe, read_recipe
 
 TEXT = """\
 name: one
@@ -102,3 +103,41 @@ def test_every_field_has_one_sentence():
         for name, field in model.model_fields.items():
             assert field.description, name
             assert field.description.endswith("."), name
+
+
+def test_an_override_beside_a_stage_whose_name_is_no_name():
+    text = TEXT.replace("name: base,", "name: {a: 1},")
+    with pytest.raises(RecipeError, match=r"name: Input should be a valid string"):
+        read(text, "stages.chat.seed=1")
+
+
+def test_a_recipe_that_is_not_utf_8(tmp_path):
+    (tmp_path / "r.yaml").write_bytes(b"name: \xff\n")
+    with pytest.raises(RecipeError, match=r"r\.yaml: not UTF-8 text"):
+        read_recipe(tmp_path / "r.yaml")
+
+
+def test_aliases_that_grow_without_end_are_refused_at_once():
+    bomb = "a0: &a0 [x, x, x, x, x, x, x, x, x, x]\n"
+    bomb += "".join(f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 10)}]\n" for n in range(1, 12))
+    for text in (bomb + TEXT, f"name: &x [*x]\n{TEXT[10:]}"):
+        started = time.process_time()
+        with pytest.raises(RecipeError, match="more than 100,000 values"):
+            read(text)
+        assert time.process_time() - started < 1
+    assert read("name: &n one\n" + TEXT[10:].replace("name: chat", "name: chat, train_on: last")).name == "one"
+
+
+@pytest.mark.parametrize(
+    "value", ["!!timestamp x", "!!int x", "!!bool x", "!!float x", "!!binary é", '"\\ud800"', "2020-13-45"]
+)
+def test_a_value_that_is_none_of_its_kind(value):
+    with pytest.raises(RecipeError, match=r"not YAML|seed"):
+        read(f"{TEXT}seed: {value}\n")
+    with pytest.raises(RecipeError):
+        read(TEXT, f"seed={value}")
+
+
+def test_a_key_that_is_half_a_character():
+    with pytest.raises(RecipeError, match=r"r.yaml:6: not YAML: half a character"):
+        read(TEXT + '"\\ud800": 1\n')

@@ -16,7 +16,7 @@ import json
 import os
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,6 +89,14 @@ def check_room(path: Path, needed: int, what: str, remedy: str) -> None:
     if free < needed:
         sizes = f"{size(needed)} needed, {size(free)} free"
         raise DiskError(f"{path}: not enough room for {what} ({sizes})", remedy)
+
+
+def exists(path: Path) -> bool:
+    """Whether there is such a file or folder; a name that no file can have is that of none."""
+    try:
+        return path.exists()
+    except (OSError, ValueError):
+        return False
 
 
 def _existing(path: Path) -> Path:
@@ -304,10 +312,13 @@ def _sealed(body: Mapping[str, Any]) -> str:
     return json.dumps({"sha256": sha256_json(body), **body}, indent=1, ensure_ascii=False, default=str) + "\n"
 
 
-def damage(folder: Path, about: Mapping[str, Any] | None = None, quick: bool = False) -> str | None:
+def damage(
+    folder: Path, about: Mapping[str, Any] | None = None, quick: bool = False, only: Collection[str] = ()
+) -> str | None:
     """Which file of a sealed folder is not as it was written, and how; None where all are.
 
-    ``about``: what its manifest must say of it. ``quick`` looks at sizes alone. A file that the manifest does not name
+    ``about``: what its manifest must say of it. ``quick`` looks at sizes alone, ``only`` names the files that are
+    looked at. A file that the manifest does not name
     is no damage; nothing outside the folder is looked at.
     """
     path = folder / MANIFEST
@@ -316,18 +327,22 @@ def damage(folder: Path, about: Mapping[str, Any] | None = None, quick: bool = F
             return f"{path} is damaged"
         text = path.read_text(encoding="utf-8")
         body = json.loads(text)
+        told = dict(body["about"])
+        listed = {str(name): (int(length), str(digest)) for name, (length, digest) in body["files"].items()}
         whole = text == _sealed({"about": body["about"], "files": body["files"]}) and _is_manifest(body)
     except FileNotFoundError:
         return f"{path} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return f"{path} is damaged"
     if not whole:
         return f"{path} is damaged"
     for key, value in (about or {}).items():
-        if body["about"].get(key) != value:
-            return f"{path} belongs to another folder ({key} {body['about'].get(key)}, not {value})"
+        if told.get(key) != value:
+            return f"{path} belongs to another folder ({key} {told.get(key)}, not {value})"
     there = {f.relative_to(folder).as_posix(): f for f in _files(folder) if not f.is_symlink()}
-    for name, (length, digest) in body["files"].items():
+    for name, (length, digest) in listed.items():
+        if only and name not in only:
+            continue
         if (file := there.get(name)) is None:
             return f"{folder / name} is missing"
         if file.stat().st_size != length:

@@ -28,9 +28,9 @@ class JudgeSource(Strict):
     @model_validator(mode="after")
     def _one(self) -> JudgeSource:
         if (self.reward is None) == (self.endpoint is None):
-            raise ValueError("give either reward or endpoint")
+            raise wrong("give either reward or endpoint", "write {reward: NAME}, or {endpoint: URL, model: NAME}")
         if (self.endpoint is None) != (self.model is None):
-            raise ValueError("endpoint and model go together")
+            raise wrong("endpoint and model go together", "write {endpoint: URL, model: NAME}")
         return self
 
 

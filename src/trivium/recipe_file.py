@@ -12,11 +12,14 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
-from trivium.errors import RecipeError, listed, nearest
+from trivium.errors import RecipeError, listed, nearest, said
+from trivium.files import exists
 from trivium.recipe import MEND, DataSource, JudgeSource, Recipe, Stage
 from trivium.recipe_stage import Strict
 
 MOST = 4 * 2**20  # bytes of a recipe
+MOST_NODES = 100_000  # values in a recipe
+ODD = (ValueError, LookupError, AttributeError, TypeError, OverflowError)  # what YAML's reader raises of odd values
 
 
 def any_recipe(recipe: str | Path | Mapping[str, Any], overrides: Iterable[str] = ()) -> Recipe:
@@ -41,23 +44,27 @@ def read_recipe(path: Path, overrides: list[str] | None = None) -> Recipe:
     except FileNotFoundError:
         hint = nearest(path.name, [p.name for p in path.parent.glob("*.y*ml")]) if path.parent.is_dir() else ""
         raise RecipeError(f"{path}: no such recipe{hint}", "check the path") from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise RecipeError(f"{path}: cannot be read ({type(error).__name__})", "a recipe is a YAML text file") from None
+    except UnicodeDecodeError:
+        raise RecipeError(f"{path}: not UTF-8 text", "give the recipe's YAML file, saved as UTF-8") from None
+    except OSError as error:
+        raise RecipeError(f"cannot read {path}: {error.strerror}", "check the file and its rights") from None
     return parse_recipe(text, path, overrides or [])
 
 
 def parse_recipe(text: str, path: Path, overrides: list[str] | None = None) -> Recipe:
     """The recipe in ``text``; ``path`` is where it stands, for messages and relative paths. Raises RecipeError."""
     try:
-        value = yaml.load(text, Loader=Loader)
         node = yaml.compose(text, Loader=Loader)
+        value = _value(text, node, str(path))
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         problem = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise RecipeError(f"{path}{line}: not YAML: {problem}", "mend the line; indent with spaces") from None
-    except (ValueError, RecursionError) as error:
-        raise RecipeError(f"{path}: not YAML: {str(error)[:100]}", "mend the value") from None
+    except RecursionError:
+        raise RecipeError(f"{path}: nested too deeply for a recipe", "see recipes/ for examples") from None
+    except ODD as error:
+        raise RecipeError(f"{path}: not YAML: {said(error, 100)}", "mend the value") from None
     if not isinstance(value, dict):
         raise RecipeError(f"{path}: a recipe is a mapping with name, model and stages", "see recipes/ for examples")
     for number, key in _repeated(node, set()):
@@ -93,8 +100,8 @@ def _override(value: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise RecipeError(f"--set {override}: not key=value", "e.g. --set stages.chat.learning_rate=1e-4")
     try:
-        new = yaml.load(text, Loader=Loader)
-    except (yaml.YAMLError, ValueError, RecursionError):
+        new = _value(text, yaml.compose(text, Loader=Loader), f"--set {key}")
+    except (yaml.YAMLError, RecursionError, *ODD):
         new = text
     *parents, last = key.split(".")
     at: Any = value
@@ -104,8 +111,8 @@ def _override(value: dict[str, Any], override: str) -> None:
             found = at.setdefault(part, {}) if at is not value or part == "model" else at.get(part)
             names = list(at)
         elif isinstance(at, list):
-            named = {s.get("name"): s for s in at if isinstance(s, dict)}
-            found, names = named.get(part), [str(n) for n in named]
+            named = {str(s.get("name")): s for s in at if isinstance(s, dict)}
+            found, names = named.get(part), list(named)
         else:
             names = []
         if found is None:
@@ -124,12 +131,35 @@ def _override(value: dict[str, Any], override: str) -> None:
 
 def _here(new: Any) -> Any:
     """A path or glob that means something in the current folder, as an absolute path."""
-    there = isinstance(new, str) and new and (Path(new).expanduser().exists() or glob.glob(new))  # noqa: PTH207
+    there = isinstance(new, str) and new and (exists(Path(new).expanduser()) or glob.glob(new))  # noqa: PTH207
     return str(Path(new).expanduser().absolute()) if there else new
 
 
 class Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as text; people mean a number."""
+    """YAML 1.1 reads 1e-4 as text; people mean a number. Half a character is no text."""
+
+    def construct_scalar(self, node: Any) -> Any:
+        value = super().construct_scalar(node)
+        if isinstance(value, str) and re.search("[\ud800-\udfff]", value):
+            raise yaml.constructor.ConstructorError(None, None, "half a character (a lone surrogate)", node.start_mark)
+        return value
+
+
+def _value(text: str, node: Any, where: str) -> Any:
+    """What YAML's text says. Raises RecipeError where its aliases stand for more than any recipe holds."""
+    if node is not None and _size(node, {}) > MOST_NODES:
+        raise RecipeError(f"{where}: it has more than {MOST_NODES:,} values, aliases replaced", "write fewer aliases")
+    return yaml.load(text, Loader=Loader)
+
+
+def _size(node: Any, known: dict[int, int]) -> int:
+    """How many values there are under a node, an alias counted as what it stands for; one of itself is without end."""
+    if id(node) not in known:
+        known[id(node)] = MOST_NODES + 1  # until it is known
+        children = node.value if isinstance(node.value, list) else []
+        inside = (part for child in children for part in (child if isinstance(child, tuple) else (child,)))
+        known[id(node)] = 1 + sum(_size(part, known) for part in inside)
+    return known[id(node)]
 
 
 Loader.add_implicit_resolver(
@@ -234,5 +264,5 @@ def _absolute(recipe: Recipe, folder: Path) -> Recipe:
 def _model_place(text: str, folder: Path) -> str:
     """A folder beside the recipe, or a hub id as it stands."""
     local = folder / Path(text).expanduser()
-    is_path = local.exists() or text.startswith((".", "/", "~")) or text.endswith(".gguf") or text.count("/") != 1
+    is_path = exists(local) or text.startswith((".", "/", "~")) or text.endswith(".gguf") or text.count("/") != 1
     return str(local) if is_path else text

@@ -59,9 +59,7 @@ class DataSource(Strict):
 
         for ours in value or {}:
             if ours not in FIELDS:
-                raise ValueError(
-                    f"no format has a field '{ours}'{nearest(ours, FIELDS)}; ours are: {', '.join(FIELDS)}"
-                )
+                raise wrong(f"no format has a field '{ours}'{nearest(ours, FIELDS)}", f"ours are: {', '.join(FIELDS)}")
         return value
 
     def plain(self) -> Any:
@@ -212,7 +210,7 @@ class Stage(Strict):
     @classmethod
     def _stage(cls, value: str) -> str:
         if value not in STAGES:
-            raise ValueError(f"there is no such stage{nearest(value, STAGES)}; stages: {', '.join(STAGES)}")
+            raise wrong(f"'{value}' is no stage there is{nearest(value, STAGES)}", f"stages: {', '.join(STAGES)}")
         return value
 
     @field_validator("method", mode="before")
@@ -246,18 +244,21 @@ class Stage(Strict):
     def _eval_data(cls, value: Any) -> Any:
         if value is None or isinstance(value, (int, float)):
             if value is not None and not 0 <= value < 1:
-                raise ValueError("a share of the data lies between 0 and 1")
+                raise wrong(f"{value} is no share of the data", "give a number from 0 up to, not including, 1")
             return value
         return _sources(value)
 
     def _check_memory(self) -> None:
         """``memory`` is an amount, and how it is kept to is not said besides."""
         if isinstance(self.recompute, int) and (isinstance(self.recompute, bool) or self.recompute < 0):
-            raise ValueError("recompute: none, layers, auto, or how many layers")
+            raise wrong(
+                f"{self.recompute} is no number of layers", "write none, layers, auto, or how many", "recompute"
+            )
         if self.memory is not None:
             in_bytes(self.memory)
             if self.recompute not in (None, "auto"):
-                raise ValueError("memory and recompute contradict each other: memory says how many layers")
+                what = "memory and recompute contradict each other: memory decides how many layers are recomputed"
+                raise wrong(what, "leave one of them out", "recompute")
 
     @property
     def full(self) -> bool:
@@ -281,37 +282,43 @@ class Stage(Strict):
                 raise wrong(f"{getattr(self, name)} is no finite number", MEND, name)
         for one, other in (("epochs", "max_steps"), ("batch_size", "batch_tokens"), ("save_every", "save_minutes")):
             if getattr(self, one) is not None and getattr(self, other) is not None:
-                raise ValueError(f"{one} and {other} contradict each other: give one of them")
+                raise wrong(f"{one} and {other} contradict each other", "leave one of them out", other)
         self._check_memory()
         kind = STAGES[self.stage]
         loss = kind.defaults["loss"] if self.loss is None else self.loss
         if (found := fault(loss, self.stage, kind.losses, self.__dict__)) is not None:
-            raise ValueError(found)
+            key, _, what = found.partition(": ")
+            raise wrong(what, MEND, key)
         relative = any(OBJECTIVES[name].relative for name in shares(loss))
         if self.reference is not None and not relative:
-            raise ValueError(f"reference: {', '.join(shares(loss))} compares with none")
+            raise wrong(f"{', '.join(shares(loss))} compares with none", "leave reference out", "reference")
         if self.reference is not None and self.reference_sync_steps is not None:
-            raise ValueError("reference: one that moves (reference_sync_steps) is neither kept nor computed once more")
+            what = "one that moves (reference_sync_steps) is neither kept nor computed once more"
+            raise wrong(what, "leave one of them out", "reference")
         if loss == "kto" and self.batch_size == 1:
-            raise ValueError("batch_size: kto compares every answer with those to other prompts; use at least 2")
+            raise wrong("kto compares every answer with those to other prompts", "use at least 2", "batch_size")
         rows = rows_of(self)
         if self.train_on is not None and rows != "conversation":
-            raise ValueError("train_on: only a stage that learns from conversations has one")
+            raise wrong("only a stage that learns from conversations has one", "leave train_on out", "train_on")
         if self.scored is not None and rows not in ("pair", "rating"):
-            raise ValueError("scored: only a stage that learns from several answers to one prompt has one")
+            what = "only a stage that learns from several answers to one prompt has one"
+            raise wrong(what, "leave scored out", "scored")
         if self.scored == "all" and rows == "rating":
-            raise ValueError("scored: of a list of answers kto takes the best as good and the worst as bad")
+            what = "of a list of answers kto takes the best as good and the worst as bad, and no others"
+            raise wrong(what, "leave scored out, or use a loss of pairs", "scored")
         if self.on_overflow == "split" and rows != "text":
-            raise ValueError("on_overflow: only text can be split; use error, drop, truncate_left or truncate_right")
+            raise wrong("only text can be split", "use error, drop, truncate_left or truncate_right", "on_overflow")
         if self.date is not None and rows == "text":
-            raise ValueError("date: text has no chat template that could ask for it")
+            raise wrong("text has no chat template that could ask for it", "leave date out", "date")
         weighted = [source.weight is not None for source in self.data]
         if any(weighted) and not all(weighted):
-            raise ValueError("data: give every source a weight, or none")
+            raise wrong("some sources have a weight and some none", "give every source a weight, or none", "data")
         if isinstance(self.eval_data, list) and any(source.weight for source in self.eval_data):
-            raise ValueError("eval_data: every row is looked at once, so that its sources have no weight")
+            what = "every row is looked at once, so that its sources have no weight"
+            raise wrong(what, "leave the weights out", "eval_data")
         if self.result == "best" and self.eval_data == 0:
-            raise ValueError("result: without held-out rows (eval_data) none is the best")
+            what = "without held-out rows none is the best"
+            raise wrong(what, "give eval_data, or take result: last", "result")
         if self.optimizer == "muon" and not self.full:
-            raise ValueError("optimizer: muon is for full training; use adamw with an adapter")
+            raise wrong("muon is for full training, not for an adapter", "use adamw, or method: full", "optimizer")
         return self

@@ -139,7 +139,7 @@ def resolve(stage: Stage, recipe: Recipe, parent: dict[str, Any] | None, parent_
             defaulted[key] = value
     if {**have, **defaulted}["method"]["name"] != "full":
         if have.get("optimizer") == "muon":
-            remedy = "use adamw, or write method: full"
+            remedy = "use adamw, or method: full"
             raise RecipeError(f"stages.{stage.name}.optimizer: muon is for full training, not for an adapter", remedy)
         if "learning_rate" in defaulted:
             defaulted["learning_rate"] *= rate_of({**have, **defaulted}["method"])
