@@ -79,7 +79,7 @@ def under_way(out: Path, name: str, about: Mapping[str, Any], accept_changed_dat
     mine = UnderWay.of(out, name, about)
     training = mine.folder.parent
     folders = [mine.folder, *(sorted(training.iterdir()) if training.is_dir() else [])]
-    found = {folder: state for folder in folders if (state := peek(folder)) is not None}
+    found = {folder: state for folder in folders if (state := peek(folder)) is not None and _whole(state)}
     # of a finished training only the best checkpoint is kept: new data or settings are meant, and nothing is lost
     found = {f: s for f, s in found.items() if f == mine.folder or s.get("step") != s.get("steps")}
     for folder, state in found.items():
@@ -100,6 +100,13 @@ def under_way(out: Path, name: str, about: Mapping[str, Any], accept_changed_dat
         say(f"  note: {name} was under way at step {state.get('step')} with {apart}: that training is kept in")
         say(f"  {shown(folder)}; this one starts at step 1")
     return mine
+
+
+def _whole(state: Mapping[str, Any]) -> bool:
+    """Whether what is read of a state before it is verified has the types it should have."""
+    about, accepted = state.get("about", {}), state.get("accepted", [])
+    told = isinstance(about, dict) and all(isinstance(about.get(key, {}), dict) for key in ("settings", "data"))
+    return told and isinstance(accepted, list) and isinstance(state.get("date"), (str, type(None)))
 
 
 def _changed_data(name: str, state: Mapping[str, Any], now: Mapping[str, str], accept: bool) -> list[str]:

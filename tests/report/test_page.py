@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 
 from trivium.errors import ModelError
+from trivium.files import seal
 from trivium.report.gather import run_view
 from trivium.report.write import page, write_report
 
@@ -159,3 +160,21 @@ def test_the_same_run_twice(make_run, tmp_path: Path):
     run = make_run()
     with pytest.raises(ModelError, match="twice"):
         write_report([run, run / "." / ".." / "run"], tmp_path / "x.html")
+
+
+def test_a_damaged_record_is_named(make_run, tmp_path: Path):
+    run = make_run()
+    seal(run / "chat", {})
+    log = run / "chat" / "metrics.jsonl"
+    log.write_text(log.read_text(encoding="utf-8").replace("0", "1"), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"chat/metrics.jsonl is damaged"):
+        write_report([run], tmp_path / "x.html")
+
+
+def test_what_cannot_be_shown_is_refused(make_run, tmp_path: Path):
+    run = make_run()
+    summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+    summary["stages"][1]["metrics"] = "x"
+    (run / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    with pytest.raises(ModelError, match=r"summary.json or .*measures.json: damaged"):
+        write_report([run], tmp_path / "x.html")

@@ -6,14 +6,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trivium.errors import ModelError
-from trivium.files import read_json
-from trivium.folder import record_of
+from trivium.errors import ModelError, said
+from trivium.files import MANIFEST, damage, read_json
+from trivium.folder import RECORD, record_of
 from trivium.measures import MEASURES, START
 from trivium.summary import SHOWN, SUMMARY
 from trivium.train.log import read_log
 
 Json = dict[str, Any]
+LOG = "metrics.jsonl"
 
 
 @dataclass(frozen=True)
@@ -72,7 +73,7 @@ def run_view(folder: Path) -> RunView:
             [str(p) for p in models.get("prompts", [])], _mapping(measured.get(START, {})),
         )  # fmt: skip
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        what = f"{folder / SUMMARY}: not a summary of trivium ({type(error).__name__}: {str(error)[:80]})"
+        what = f"{folder / SUMMARY}: not a summary of trivium ({said(error, 80)})"
         raise ModelError(what, "run the recipe again: finished stages are kept") from None
 
 
@@ -84,12 +85,14 @@ def _stage_view(folder: Path, stage: Json, measured: Json) -> StageView:
     record = record_of(path)
     if record is None or any(key not in record for key in (*SHOWN, "settings", "rows", "versions", "data")):
         raise ModelError(f"{path}: not a finished stage", "run the recipe again: finished stages are kept")
+    if (path / MANIFEST).is_file() and (reason := damage(path, only=(RECORD, LOG))) is not None:
+        raise ModelError(reason, f"restore it, or delete {path} and run the recipe again")
     if any(key not in stage for key in SHOWN):
         raise ValueError(f"it says too little of {name}")
     mine = _mapping(measured.get(name, {}))
     if "against" in mine:
         _check_duels(folder / MEASURES, mine["against"])
-    return StageView(name, stage, record, read_log(path / "metrics.jsonl"), mine)
+    return StageView(name, stage, record, read_log(path / LOG), mine)
 
 
 def _check_duels(file: Path, seen: Any) -> None:

@@ -13,11 +13,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from trivium.errors import ModelError
+from trivium.errors import ModelError, said
 from trivium.files import make_folder, write_text
+from trivium.measures import MEASURES
 from trivium.report.figures import charts, judged_charts, lineage_of
 from trivium.report.gather import RunView, run_view
 from trivium.report.tables import answers, cost_rows, duels, duels_of, facts, settings_rows
+from trivium.summary import SUMMARY
 
 REPORT = "report.html"
 
@@ -53,7 +55,18 @@ def write_judged(seen: dict[str, Any], title: str, path: Path) -> None:
 
 
 def page(runs: list[RunView]) -> str:
-    """The page of one run, or of several side by side."""
+    """The page of one run, or of several side by side. Raises ModelError where what their files say is damaged."""
+    from jinja2 import UndefinedError
+
+    try:
+        return _page(runs)
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, UndefinedError) as error:
+        told = " or ".join(str(run.folder / name) for run in runs for name in (SUMMARY, MEASURES))
+        remedy = "delete measures.json, and run the recipe again: finished stages are kept"
+        raise ModelError(f"{told}: damaged, it cannot be shown ({said(error)})", remedy) from error
+
+
+def _page(runs: list[RunView]) -> str:
     from markupsafe import Markup
 
     def drawn(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
