@@ -42,7 +42,7 @@ def test_what_cannot_be_merged_is_told_with_what_to_do_instead(trivium, walk, tm
     done = trivium("merge", walk.folder / "tutor", "--out", tmp_path / "merged")
     assert done.code == 2
     assert "non-linear and cannot be merged" in done.error
-    assert "Keep the adapter folder beside its base" in done.error
+    assert "keep the adapter folder beside its base" in done.error
     assert not (tmp_path / "merged").exists()
     assert merge_difference(str(walk.folder / "tutor")) is None
     assert merge_difference(str(walk.folder / "base")) is None

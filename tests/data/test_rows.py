@@ -271,3 +271,25 @@ def test_texts_of_good_rows(tmp_path: Path) -> None:
     sources = [tmp_path / "a.jsonl", Listed([{"text": "two"}, "junk", {"text": "three", "bad": True}])]
     assert list(texts_of(sources)) == ["one", "two", "three"]
     assert list(texts_of(sources, lambda row: "bad" not in row)) == ["one", "two"]
+
+
+def test_a_csv_header_that_is_not_utf_8(tmp_path: Path) -> None:
+    file = tmp_path / "a.csv"
+    file.write_bytes(b"prompt,te\xffxt\na,b\n")
+    (row,) = read_rows(file)
+    assert isinstance(row, BadRow)
+    assert (row.line, row.reason) == (1, "not UTF-8")
+    row.raw.encode("utf-8")
+
+
+def test_a_broken_parquet_file_is_told_in_words(tmp_path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    file = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"] * 9}), file)
+    whole = file.read_bytes()
+    for at in range(len(whole) - 300, len(whole) - 8, 7):
+        file.write_bytes(whole[:at] + bytes([whole[at] ^ 0x1F]) + whole[at + 1 :])
+        for row in read_rows(file):
+            assert isinstance(row, Row) or ("Exception" not in row.reason and row.reason.isprintable())

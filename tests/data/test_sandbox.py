@@ -236,7 +236,7 @@ def test_refusals() -> None:
     assert refused(template, [ANSWER]) == "only user"
     assert template.render([USER]) == "ok"  # and can be used again
     assert "no messages" in refused(template, [])
-    assert refused(Template("{{ 1 / 0 }}", {}), [USER]) == "ZeroDivisionError: division by zero"
+    assert refused(Template("{{ 1 / 0 }}", {}), [USER]) == "division by zero"
 
 
 def test_nothing_that_is_given_is_changed() -> None:
@@ -270,3 +270,17 @@ def test_a_worker_starts_fast() -> None:
     code = "import sys, trivium.data.sandbox; print({'torch', 'transformers', 'numpy'} & set(sys.modules))"
     shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert shown.strip() == "set()"
+
+
+def test_half_a_character_is_refused():
+    with pytest.raises(TemplateRefused, match=r"half a character: the lone surrogate .ud800"):
+        Template("{{ '\\ud800' }}", VARIABLES).render([{"role": "user", "content": "a"}])
+
+
+@pytest.mark.parametrize(
+    "source", ["{{ 1 / 0 }}", "{{ none + 1 }}", "{{ strftime_now(1) }}", "{% for i in range(10**9) %}{% endfor %}"]
+)
+def test_refusals_name_no_class_of_python(source):
+    with pytest.raises(TemplateRefused) as refused:
+        Template(source, VARIABLES).render([{"role": "user", "content": "a"}])
+    assert "Error" not in str(refused.value)

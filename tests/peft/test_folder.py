@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import peft
 from trivium.errors import ModelError
+from trivium.folder import base_of
 from trivium.peft import BottleneckSettings, LoRASettings, folder
 from trivium.peft.base import attach, deltas, state
 
@@ -216,3 +217,19 @@ def test_links_lead_nowhere_but_into_a_hub_cache(tiny, train, tmp_path):
             (path / name).symlink_to(real / name)
     refused(model, linked, "link out of its folder")
     assert folder.load(model, cached).targets
+
+
+@pytest.mark.parametrize("kind", [[], {}, None, 3])
+def test_a_peft_type_that_is_no_name(tiny, train, tmp_path, kind):
+    saved(tiny("llama"), train, tmp_path)
+    edit(tmp_path, peft_type=kind)
+    assert folder.method_in(tmp_path) is None
+    with pytest.raises(ModelError, match="peft_type"):
+        folder.load(tiny("llama"), tmp_path)
+
+
+def test_a_base_whose_path_is_none(tiny, train, tmp_path):
+    saved(tiny("llama"), train, tmp_path)
+    edit(tmp_path, base_model_name_or_path="a\0b")
+    with pytest.raises(ModelError, match="names no base"):
+        base_of(tmp_path)

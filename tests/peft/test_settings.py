@@ -49,7 +49,7 @@ def test_values_are_filled_in():
         ("bottleneck", {"non_linearity": "sin"}, "gelu, relu, silu, tanh"),
         ("compacter", {"placement": "parallel"}, "houlsby, pfeiffer"),
         ("bottleneck", {"r": 8, "reduction_factor": 4}, "r and reduction_factor do not go together"),
-        ("bottleneck", {"scale": 4.0}, "Only placement: parallel has a scale"),
+        ("bottleneck", {"scale": 4.0}, "only placement: parallel has a scale"),
         ("bottleneck", {"skip_layers": -1}, "skip_layers is -1"),
         ("lora", {"dora": True, "init_lora_weights": "pissa"}, "dora and init_lora_weights do not go together"),
         ("lora", {"init_lora_weights": "pisa"}, "did you mean 'pissa'"),

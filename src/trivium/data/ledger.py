@@ -97,13 +97,13 @@ class Ledger:
         or where a row is over-long and nobody has said what becomes of such."""
         self.balance()
         if self.read == 0:
-            raise DataError(f"no rows in {self.source}", "Give a file with at least one row.")
+            raise DataError(f"no rows in {self.source}", "give a file with at least one row")
         if self.set_aside > allowed * self.read:
             raise self._too_bad()
         if over_long_stops and self.over_long:
             raise DataError(
                 self._over_long_told(),
-                "Say what becomes of them, on_overflow: drop, truncate_left or truncate_right; or raise max_length.",
+                "say what becomes of them, on_overflow: drop, truncate_left or truncate_right; or raise max_length",
             )
         if self.used:
             return
@@ -112,10 +112,10 @@ class Ledger:
         if self.over_long:
             raise DataError(
                 f"nothing to learn from in {self.source}: {self._over_long_told()}",
-                f"The longest row has {self.longest} tokens: raise max_length, or split the rows.",
+                f"the longest row has {self.longest} tokens: raise max_length, or split the rows",
             )
         what = f"nothing to learn from in {self.source}: every usable row is held out"
-        raise DataError(what, "Hold out fewer rows.")
+        raise DataError(what, "hold out fewer rows")
 
     def _over_long_told(self) -> str:
         first = self.first_over_long
@@ -130,9 +130,9 @@ class Ledger:
         share = math.ceil(100 * self.set_aside / self.read) / 100
         return DataError(
             f"{first.origin}: {first.reason} ({self.set_aside} of {self.read} rows cannot be used)",
-            f"Mend these rows, or allow so many with bad_rows: {share:g}."
+            f"mend these rows, or allow so many with bad_rows: {share:g}"
             if self.used
-            else "Mend these rows: no row of this data can be used.",
+            else "mend these rows: no row of this data can be used",
         )
 
     def as_dict(self) -> dict[str, Any]:
@@ -172,7 +172,7 @@ class Ledger:
 
     def write_quarantine(self, path: Path) -> None:
         """The rows set aside and the over-long ones, as JSON lines: ``{"origin", "reason", "row"}``."""
-        with path.open("w", encoding="utf-8") as stream:
+        with path.open("w", encoding="utf-8", errors="backslashreplace") as stream:
             for place in self.bad():
                 line = {"origin": place.origin, "reason": place.reason, "row": _as_it_was(place.row)}
                 stream.write(json.dumps(line, ensure_ascii=False) + "\n")
@@ -185,6 +185,8 @@ def _rows(count: int) -> str:
 def _as_it_was(row: str) -> Any:
     """A row that could be read, as the object it is; else its text."""
     try:
-        return json.loads(row)
-    except ValueError:
+        value = json.loads(row)
+        json.dumps(value, ensure_ascii=False).encode("utf-8")  # half a character is text that no file holds
+    except (ValueError, RecursionError):
         return row
+    return value

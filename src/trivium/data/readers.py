@@ -22,6 +22,7 @@ from typing import IO, Any
 from trivium.data import blocks
 from trivium.data.blocks import BadRow, Block, Read, Row, in_blocks, shown
 from trivium.data.json_reader import cut_json, cut_lines, json_lines
+from trivium.errors import said
 
 
 def _cut_text(stream: IO[bytes]) -> Iterator[Block]:
@@ -88,6 +89,14 @@ def _records(stream: IO[bytes], delimiter: str) -> Iterator[Read]:
             if doubled := sorted({name for name in header if header.count(name) > 1}):
                 yield first, delimiter.join(cells), f"the header names {doubled[0]!r} twice", False
                 return
+            if any(re.search("[\ud800-\udfff]", name) for name in header):
+                yield (
+                    first,
+                    delimiter.join(cells).encode("utf-8", "backslashreplace").decode()[: blocks.KEPT],
+                    "not UTF-8",
+                    False,
+                )
+                return
         elif len(cells) != len(header):
             told = f"{len(cells)} cells where the header names {len(header)}"
             yield first, delimiter.join(cells).encode("utf-8", "backslashreplace").decode()[: blocks.KEPT], told, False
@@ -117,7 +126,7 @@ def _cut_parquet(stream: IO[bytes]) -> Iterator[Block]:
             yield Block("arrow", number, sink.getvalue())
             number += batch.num_rows
     except (pa.ArrowException, OSError) as error:
-        told = f"not a whole parquet file: {str(error).splitlines()[0]}"
+        told = f"not a whole parquet file: {said(error)}"
         yield Block("rows", read=[(number, None, told, False)])
 
 

@@ -30,7 +30,7 @@ from typing import IO, Any, cast
 from trivium.data.blocks import ROWS, BadRow, Block, Row
 from trivium.data.formats import Fields, RowError, Text, mapped, parse
 from trivium.data.readers import READERS, rows_of
-from trivium.errors import DataError, listed, nearest
+from trivium.errors import DataError, listed, nearest, said
 
 _ENDINGS = ", ".join(READERS) + ", each also with .gz or .zst"
 
@@ -111,7 +111,7 @@ def blocks_of(file: Path, told: Callable[[int], None] = lambda _: None) -> Itera
                 reason = f"the compressed file is cut off or broken here ({broken})"
                 yield Block("rows", read=[(last + 1, None, reason, False)])
     except OSError as error:
-        raise DataError(f"cannot read {file}: {error.strerror or error}", "Check the file and its rights.") from None
+        raise DataError(f"cannot read {file}: {error.strerror or error}", "check the file and its rights") from None
 
 
 def good_rows(
@@ -146,12 +146,12 @@ def files_of(path: Path) -> list[Path]:
     try:
         here = path.is_file()
     except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror}", "Check the file and its rights.") from None
+        raise DataError(f"cannot read {path}: {error.strerror}", "check the file and its rights") from None
     if path.is_dir() and not os.access(path, os.R_OK | os.X_OK):
-        raise DataError(f"cannot read {path}: no permission", "Check the folder and its rights.")
+        raise DataError(f"cannot read {path}: no permission", "check the folder and its rights")
     if here:
         if _ending(path) not in READERS:
-            raise DataError(f"cannot tell what {path} holds from its ending", f"Files that are read: {_ENDINGS}.")
+            raise DataError(f"cannot tell what {path} holds from its ending", f"files that are read: {_ENDINGS}")
         return [path]
     if path.is_dir():
         found = [p for p in sorted(path.rglob("*")) if _is_data(p.relative_to(path)) and p.is_file()]
@@ -161,7 +161,7 @@ def files_of(path: Path) -> list[Path]:
     else:
         raise _missing(path)
     if not found:
-        raise DataError(f"no data files in {path}", f"Files that are read: {_ENDINGS}.")
+        raise DataError(f"no data files in {path}", f"files that are read: {_ENDINGS}")
     return found
 
 
@@ -189,7 +189,9 @@ def _missing(path: Path) -> DataError:
     while not parent.is_dir() and parent != parent.parent:
         path, parent = parent, parent.parent
     names = sorted(p.name for p in parent.iterdir()) if os.access(parent, os.R_OK) else []
-    there = f"In {parent} there is: {listed(names)}." if names else f"{parent} is empty."
+    there = (
+        f"in {parent} there is: {listed(names)}" if names else f"{parent} is empty: put it there, or name another place"
+    )
     return DataError(f"no such file or folder: {path}{nearest(path.name, names)}", there)
 
 
@@ -221,7 +223,7 @@ class _Unpacked:
                 pieces.append(piece)
                 left = left - len(piece) if size > 0 else left
         except _cut_off() as error:
-            self.broken = str(error) or type(error).__name__
+            self.broken = said(error)
         return b"".join(pieces)
 
     # what an io.TextIOWrapper asks for
@@ -252,7 +254,7 @@ def _unpacked(raw: IO[bytes], path: Path) -> Any:
     if (zstd := _zstd()) is None:
         raise DataError(
             f"{path} is compressed with zstandard, which is not installed",
-            "Install it: pip install backports.zstd. Or compress the file with gzip.",
+            "pip install backports.zstd, or compress the file with gzip",
         )
     return _Unpacked(cast("IO[bytes]", zstd.open(raw, "rb")))
 

@@ -4,6 +4,7 @@ It sees messages, tools and special tokens, and calls only its own macros, five 
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Mapping, Sequence
 from datetime import date as Date
@@ -21,6 +22,7 @@ from trivium.data.messages import REASONING
 from trivium.data.sandbox_meter import CHARACTERS, SOURCE, TemplateRefused
 from trivium.data.sandbox_operations import METHODS, Formatter, Operations
 from trivium.data.sandbox_rewrite import Generation, Rewriter
+from trivium.errors import printable, said
 
 __all__ = ["Template", "TemplateRefused"]
 
@@ -247,7 +249,10 @@ class Template:
                 raise TemplateRefused(f"the template prints more than {CHARACTERS:,} characters")
         noted = self._environment.noted
         starts = list(accumulate(map(len, pieces), initial=0)) if noted else []
-        return "".join(pieces), [(starts[before], starts[before] + length) for before, length in noted]
+        text = "".join(pieces)
+        if not text.isascii() and (found := re.search("[\ud800-\udfff]", text)):
+            raise TemplateRefused(f"the template prints half a character: the lone surrogate \\u{ord(found[0]):04x}")
+        return text, [(starts[before], starts[before] + length) for before, length in noted]
 
 
 def _prepared(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
@@ -264,11 +269,8 @@ def _prepared(messages: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 def _reason(error: Exception) -> str:
     """One line for whatever a template raised."""
-    text = str(error) or type(error).__name__
     if isinstance(error, TemplateSyntaxError):
-        text = f"line {error.lineno}: {error.message}"
-    elif isinstance(error, RecursionError):
-        text = "the template nests or calls itself too deeply"
-    elif not isinstance(error, (TemplateError, TemplateRefused)):
-        text = f"{type(error).__name__}: {text}"
-    return " ".join(text[:1000].split())[:300]
+        return printable(f"line {error.lineno}: {' '.join(str(error.message).split())}", 300)
+    if isinstance(error, RecursionError):
+        return "the template nests or calls itself too deeply"
+    return said(error, 300)

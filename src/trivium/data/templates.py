@@ -61,7 +61,7 @@ def chat_template(tokenizer: PreTrainedTokenizerFast, date: datetime.date | None
     if not getattr(tokenizer, "is_fast", False):
         raise ModelError(
             "this tokenizer cannot tell which characters its tokens hold",
-            "Give a model folder with a tokenizer.json (a fast tokenizer).",
+            "give a model folder with a tokenizer.json (a fast tokenizer)",
         )
     encoder = Encoder.of(tokenizer)
     source, origin = _source(tokenizer, encoder)
@@ -74,7 +74,7 @@ def chat_template(tokenizer: PreTrainedTokenizerFast, date: datetime.date | None
     except RowError as error:
         raise ModelError(
             f"{origin} cannot render a question and its answer: {error}",
-            "Put a working chat template into the model's folder (chat_template.jinja).",
+            "put a working chat template into the model's folder (chat_template.jinja)",
         ) from None
     tokenizer.chat_template = template.source
     return replace(template, encoder=replace(encoder, also=_marks(template)))
@@ -105,7 +105,7 @@ def _source(tokenizer: PreTrainedTokenizerFast, encoder: Encoder) -> tuple[str, 
     if tokenizer.eos_token is None:
         raise ModelError(
             "the tokenizer has neither a chat template nor an end-of-sequence token, so no answer could end",
-            "Name its end token as eos_token in tokenizer_config.json, or give it a chat template.",
+            "name its end token as eos_token in tokenizer_config.json, or give it a chat template",
         )
     has_bos = "true" if encoder.bos_id is not None else "false"
     plain = PLAIN.replace("BOS", has_bos)
@@ -210,10 +210,11 @@ def _with_ending(template: ChatTemplate, bos_id: int | None) -> ChatTemplate:
                        appended=found[1])  # fmt: skip
     if stop_id < 0:
         eos = encoder.variables.get("eos_token")
+        end = repr(text[at : at + 40]) if text[at:] else "nothing"
         raise ModelError(
-            f"{template.origin} ends an answer with {repr(text[at:]) if text[at:] else 'nothing'}, not with a token of "
-            "its own: a model trained on it could not learn to stop",
-            "Use a chat template whose turns end with one of the tokenizer's special tokens, such as its EOS"
-            + (f" {eos!r}." if eos else "."),
+            f"{template.origin} ends an answer with {end}, not with a token of its own: a "
+            "model trained on it could not learn to stop",
+            "use a chat template whose turns end with one of the tokenizer's special tokens, such as its EOS"
+            + (f" {eos!r}" if eos else ""),
         )
     return replace(template, header=header, ending=text[at:], stop_text=text[at:stop_at], stop_id=stop_id)

@@ -46,7 +46,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> PreTrainedTokenize
     if vocab_size < SMALLEST:
         raise DataError(
             f"a vocabulary of {vocab_size} is too small",
-            f"The smallest possible is {SMALLEST}: 256 bytes and {len(SPECIAL)} special tokens.",
+            f"give {SMALLEST} or more: 256 bytes and {len(SPECIAL)} special tokens",
         )
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -80,4 +80,4 @@ def _some(texts: Iterable[str]) -> Iterator[str]:
         empty = empty and not text
         yield text
     if empty:
-        raise DataError("no text to train a tokenizer on", "Give at least one row with text.")
+        raise DataError("no text to train a tokenizer on", "give at least one row with text")

@@ -134,7 +134,7 @@ def make_full(model: nn.Module) -> None:
         if not parameter.is_floating_point():
             raise ModelError(
                 f"{name} is quantised ({parameter.dtype}) and cannot be trained in full",
-                "Load the model unquantised, or train with method: {name: lora}.",
+                "load the model unquantised, or train with method: {name: lora}",
             )
     for parameter in model.parameters():
         parameter.data = parameter.data.float()
@@ -243,7 +243,7 @@ def swapped(model: nn.Module, small: dict[str, Tensor]) -> Iterator[None]:
 
 def check_same(mine: dict[str, Tensor], small: dict[str, Tensor]) -> None:
     """Raise ModelError, naming the first, when names or shapes differ."""
-    remedy = "These are the weights of another adapter: attach with the settings they were trained with."
+    remedy = "these are the weights of another adapter: attach with the settings they were trained with"
     for name in sorted(mine.keys() ^ small.keys()):
         raise ModelError(f"{name} is {'missing' if name in mine else 'not one of the deltas'}", remedy)
     for name, parameter in mine.items():
@@ -300,7 +300,7 @@ def obstacle(model: nn.Module, name: str = DEFAULT) -> ModelError | None:
         if owners[tensor] > touched[tensor] or len(apart) > 1:
             return ModelError(
                 f"{path} is shared with another module and cannot take in the adapter",
-                "Keep the adapter as a folder of its own; or train without this module, or with all that share it.",
+                "keep the adapter as a folder of its own; or train without this module, or with all that share it",
             )
     return None
 
@@ -318,7 +318,7 @@ def merge(model: nn.Module, name: str = DEFAULT) -> None:
             if not (tensor := getattr(model.get_submodule(path), key)).is_floating_point():
                 raise ModelError(
                     f"an adapter cannot be merged into a quantised weight ({path}.{key}, {tensor.dtype})",
-                    "Load the base unquantised and merge into that.",
+                    "load the base unquantised and merge into that",
                 )
     with torch.no_grad():
         for path, delta in deltas(model, name).items():

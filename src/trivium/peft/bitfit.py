@@ -36,7 +36,7 @@ class AddedBias(Delta):
     def obstacle(self, target: nn.Module) -> ModelError | None:
         return ModelError(
             "this architecture has no biases into which those of bitfit could be merged",
-            "Keep the adapter folder beside its base, or train with method: {name: lora}, which can be merged.",
+            "keep the adapter folder beside its base, or train with method: {name: lora}, which can be merged",
         )
 
 

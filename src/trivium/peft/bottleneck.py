@@ -39,7 +39,7 @@ class NonLinear(Delta):
     def obstacle(self, target: nn.Module) -> ModelError | None:
         return ModelError(
             "bottleneck adapters are non-linear and cannot be merged into the base",
-            "Keep the adapter folder beside its base, or train with method: {name: lora}, which can be merged.",
+            "keep the adapter folder beside its base, or train with method: {name: lora}, which can be merged",
         )
 
 
@@ -115,7 +115,7 @@ def upper_layers(model: nn.Module, skip: int) -> dict[str, nn.Module]:
     layers = targets.decoder_layers(model)
     if skip >= len(layers):
         raise RecipeError(
-            f"skip_layers is {skip}, and the model has {len(layers)} layers", f"Skip at most {len(layers) - 1}."
+            f"skip_layers is {skip}, and the model has {len(layers)} layers", f"skip at most {len(layers) - 1}"
         )
     return dict(list(layers.items())[skip:])
 
@@ -134,12 +134,12 @@ def _places(model: nn.Module, layers: dict[str, nn.Module], settings: Bottleneck
         if settings.placement == "parallel" and parts:
             raise ModelError(
                 f"{parts[0]} is only the last part of an MLP that is no module here, so nothing can run beside it",
-                "Use placement: pfeiffer, or name modules in target_modules.",
+                "use placement: pfeiffer, or name modules in target_modules",
             )
         return places
     if settings.target_modules == ALL_LINEAR:
         raise RecipeError(
-            f"target_modules of a bottleneck is {ALL_LINEAR!r}", "Leave it out, and choose a placement instead."
+            f"target_modules of a bottleneck is {ALL_LINEAR!r}", "leave it out, and choose a placement instead"
         )
     inside = tuple(f"{name}." for name in layers)
     candidates = {name: module for name, module in targets.linears(model).items() if name.startswith(inside)}

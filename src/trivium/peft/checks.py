@@ -25,12 +25,12 @@ def is_number(value: object) -> bool:
 def above_0(name: str, value: Any, otherwise: str = "") -> None:
     # Far beyond what makes sense on both sides, so that products of such numbers stay numbers.
     if not is_number(value) or not 1 / LARGEST <= value <= LARGEST:
-        raise RecipeError(f"{name} is {value!r}", f"{name} is a number above 0{'; ' * bool(otherwise)}{otherwise}.")
+        raise RecipeError(f"{name} is {value!r}", f"{name} is a number above 0{'; ' * bool(otherwise)}{otherwise}")
 
 
 def whole(name: str, value: object, least: int, most: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise RecipeError(f"{name} is {value!r}", f"{name} is a whole number from {least} on, such as 16.")
+        raise RecipeError(f"{name} is {value!r}", f"{name} is a whole number from {least} on, such as 16")
 
 
 def size(name: str, value: object) -> None:
@@ -40,17 +40,17 @@ def size(name: str, value: object) -> None:
 
 def fraction(name: str, value: Any) -> None:
     if not is_number(value) or not 0 <= value < 1:
-        raise RecipeError(f"{name} is {value!r}", f"{name} is a number from 0 up to, not including, 1.")
+        raise RecipeError(f"{name} is {value!r}", f"{name} is a number from 0 up to, not including, 1")
 
 
 def switch(name: str, value: object) -> None:
     if not isinstance(value, bool):
-        raise RecipeError(f"{name} is {value!r}", f"{name} is true or false.")
+        raise RecipeError(f"{name} is {value!r}", f"{name} is true or false")
 
 
 def one_of(name: str, value: object, allowed: Iterable[str]) -> None:
     if value not in (allowed := tuple(allowed)):
-        raise RecipeError(f"{name} is {value!r}{nearest(str(value), allowed)}", f"{name} is one of {listed(allowed)}.")
+        raise RecipeError(f"{name} is {value!r}{nearest(str(value), allowed)}", f"{name} is one of {listed(allowed)}")
 
 
 def patterns(name: str, value: object) -> TargetModules:
@@ -62,17 +62,17 @@ def names(name: str, value: object, besides: str = "") -> tuple[str, ...]:
     """One name or a list of names as a tuple."""
     found = (value,) if isinstance(value, str) else value
     if not isinstance(found, (list, tuple)) or not found or not all(isinstance(n, str) and n for n in found):
-        raise RecipeError(f"{name} is {value!r}", f"Write {besides}a list of names, such as [q_proj, v_proj].")
+        raise RecipeError(f"{name} is {value!r}", f"write {besides}a list of names, such as [q_proj, v_proj]")
     return tuple(found)
 
 
 def by_pattern(name: str, value: Any, check: Any) -> dict[str, Any]:
     if not isinstance(value, Mapping) or not value or not all(isinstance(k, str) and k for k in value):
-        raise RecipeError(f"{name} is {value!r}", f"Write {name}: {{q_proj: 4}}, a number for each name or pattern.")
+        raise RecipeError(f"{name} is {value!r}", f"write {name}: {{q_proj: 4}}, a number for each name or pattern")
     for pattern, number in value.items():
         check(f"{name}.{pattern}", number)
     return dict(value)
 
 
 def contradict(one: str, other: str, why: str) -> None:
-    raise RecipeError(f"{one} and {other} do not go together: {why}", f"Leave out {one} or {other}.")
+    raise RecipeError(f"{one} and {other} do not go together: {why}", f"leave out {one} or {other}")

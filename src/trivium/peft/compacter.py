@@ -84,7 +84,7 @@ def build(model: nn.Module, settings: CompacterSettings) -> Plan:
     if d % n or r % n:
         raise RecipeError(
             f"phm_dim is {n}, which does not divide the widths {d} and {r}",
-            "Choose r and phm_dim so that it divides both.",
+            "choose r and phm_dim so that it divides both",
         )
     rule = Rule(n)
     places = blocks(upper_layers(model, settings.skip_layers), settings.placement)

@@ -79,12 +79,12 @@ def copies_of(
             short = sorted({name.rpartition(".")[2] for name in there})
             raise RecipeError(
                 f"modules_to_save {pattern!r} matches no module with weights{nearest(pattern, short)}",
-                f"Modules there are: {listed(short, 24)}.",
+                f"modules there are: {listed(short, 24)}",
             )
         chosen += found
     if taken := [name for name in chosen if name in apart_from]:
         raise RecipeError(
-            f"modules_to_save: {taken[0]} has a LoRA as well", "Leave it out of target_modules, or out of this list."
+            f"modules_to_save: {taken[0]} has a LoRA as well", "leave it out of target_modules, or out of this list"
         )
     return tied_copies(model, chosen), set(chosen)
 

@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from trivium.errors import ModelError, UserError
+from trivium.errors import ModelError, UserError, said
 from trivium.files import read_json
 from trivium.model.headers import header
 from trivium.model.untrusted import inside
@@ -125,7 +125,7 @@ def load(model: nn.Module, folder: Path, name: str = DEFAULT) -> Attached:
     read = _own(model, source) if TYPE in source.config else _pefts(model, source)
     if gives_rewards(folder) and (lacking := set(getattr(model, NEW_HEADS, ())) - read.plan.deltas.keys()):
         what = f"{folder} says that it makes a reward model, and holds no weights of {', '.join(lacking)}"
-        raise ModelError(what, "Fetch the adapter again.")
+        raise ModelError(what, "fetch the adapter again")
     try:
         # Before anything is hung or any memory taken for sizes that the config claims.
         check_same(small_weights(read.plan.deltas, fixed=True), read.weights)
@@ -180,9 +180,9 @@ def read_config(folder: Path) -> dict[str, Any]:
     try:
         config = read_json(path)
     except ModelError as error:
-        raise ModelError(f"{error.what}", "An adapter folder has this file; fetch it again.") from None
+        raise ModelError(f"{error.what}", "an adapter folder has this file; fetch it again") from None
     if not isinstance(config, dict):
-        raise ModelError(f"{path} does not hold settings", "Fetch the adapter again.")
+        raise ModelError(f"{path} does not hold settings", "fetch the adapter again")
     return config
 
 
@@ -237,7 +237,7 @@ def _own_settings(config: dict[str, Any], folder: Path) -> Settings:
     except UserError as error:
         raise ModelError(f"{folder / CONFIG}: {error.what}", error.remedy) from None
     if isinstance(settings, FullSettings) or (type(settings) in FORMATS and config.get("task_type") != REWARDS):
-        raise ModelError(f"{folder / CONFIG} has {TYPE} {config[TYPE]!r}", "Fetch the adapter again.")
+        raise ModelError(f"{folder / CONFIG} has {TYPE} {config[TYPE]!r}", "fetch the adapter again")
     return settings
 
 
@@ -245,7 +245,7 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
     if not (folder / WEIGHTS).exists() and (folder / "adapter_model.bin").exists():
         raise ModelError(
             f"{folder} has only adapter_model.bin, a pickle, which can run code and is never read",
-            f"Ask for the adapter as {WEIGHTS}, or convert it with PEFT where you trust it.",
+            f"ask for the adapter as {WEIGHTS}, or convert it with PEFT where you trust it",
         )
     path = _inside(folder, WEIGHTS)
     try:
@@ -261,13 +261,13 @@ def _read_weights(folder: Path) -> dict[str, Tensor]:
                 raise ValueError(f"{name} holds values that are no finite fractions")
         return found
     except (OSError, SafetensorError, ValueError, KeyError, ModelError) as error:
-        told_of = error.what if isinstance(error, ModelError) else error
-        raise ModelError(f"{path} cannot be read: {told_of}", "The file is damaged or cut; fetch it again.") from None
+        told_of = error.what if isinstance(error, ModelError) else said(error)
+        raise ModelError(f"{path} cannot be read: {told_of}", "the file is damaged or cut; fetch it again") from None
 
 
 def _inside(folder: Path, name: str) -> Path:
     """The file's path. Raises ModelError where it is not there, or leads out of the folder."""
     path = folder / name
     if not path.exists() and not path.is_symlink():
-        raise ModelError(f"{path} is not there", f"An adapter folder holds {WEIGHTS} and {CONFIG}.")
+        raise ModelError(f"{path} is not there", f"an adapter folder holds {WEIGHTS} and {CONFIG}")
     return inside(path, folder)

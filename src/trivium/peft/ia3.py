@@ -70,7 +70,7 @@ def build(model: nn.Module, settings: IA3Settings) -> Plan:
         down = {n for n in names if _called(n, DOWN)}
         if not names:
             raise RecipeError(
-                "ia3: found no key, value or down projection among the linear modules", "Name them in target_modules."
+                "ia3: found no key, value or down projection among the linear modules", "name them in target_modules"
             )
     else:
         names = find_targets(model, settings.target_modules)
@@ -79,7 +79,7 @@ def build(model: nn.Module, settings: IA3Settings) -> Plan:
         for pattern in chosen:
             if not any(matches(n, pattern) for n in names):
                 raise RecipeError(
-                    f"feedforward_modules {pattern!r} matches none of the target_modules", "Name it in both."
+                    f"feedforward_modules {pattern!r} matches none of the target_modules", "name it in both"
                 )
     out_of_reach = settings.target_modules is None and len(down) < len(decoder_layers(model))
     notes = ["some layers have no MLP that ia3 reaches, such as bare experts"] if out_of_reach else []

@@ -191,7 +191,7 @@ class BottleneckSettings(OfAWidth):
         above_0("scale", self.scale)
         switch("layer_norms", self.layer_norms)
         if self.scale != 1 and self.placement != "parallel":
-            raise RecipeError(f"scale is {self.scale}", "Only placement: parallel has a scale; leave it out.")
+            raise RecipeError(f"scale is {self.scale}", "only placement: parallel has a scale; leave it out")
         if self.target_modules is not None:
             put(self, "target_modules", patterns("target_modules", self.target_modules))
 
@@ -226,7 +226,7 @@ class IA3Settings(OnFrozenBase):
             if getattr(self, key) is not None:
                 put(self, key, names(key, getattr(self, key)))
         if self.feedforward_modules is not None and self.target_modules is None:
-            raise RecipeError("feedforward_modules is given without target_modules", "Give both, or neither.")
+            raise RecipeError("feedforward_modules is given without target_modules", "give both, or neither")
 
 
 @dataclass(frozen=True, kw_only=True)

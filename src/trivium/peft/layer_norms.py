@@ -18,5 +18,5 @@ def build(model: nn.Module, settings: LayerNormSettings) -> Plan:
     norms = [n for n, m in model.named_modules() if "norm" in type(m).__name__.lower() and CHILD not in n.split(".")]
     made = own_tensors(model, norms)
     if not made:
-        raise ModelError(f"{type(model).__name__} has no norms with weights", "Choose another method.")
+        raise ModelError(f"{type(model).__name__} has no norms with weights", "choose another method")
     return Plan(made)

@@ -95,7 +95,7 @@ def build(model: nn.Module, settings: LoRASettings) -> Plan:
         if settings.quantize and (packed := sorted(asked & {*find_targets(model, ALL_LINEAR)})):
             raise RecipeError(
                 f"modules_to_save: {packed[0]} is held in {settings.quantize}, and cannot be trained",
-                "Leave it out, or leave out quantize.",
+                "leave it out, or leave out quantize",
             )
         made |= whole
         notes += [f"{name} is tied to one of modules_to_save, and trained with it" for name in whole.keys() - asked]

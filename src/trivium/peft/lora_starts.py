@@ -42,7 +42,7 @@ class Started(LoRA):
         if self.r > min(linear_shape(target)):
             raise RecipeError(
                 f"r is {self.r}, more than a weight of {linear_shape(target)} has directions",
-                f"This start takes r up to {min(linear_shape(target))}; give rank_pattern for narrow modules.",
+                f"this start takes r up to {min(linear_shape(target))}; give rank_pattern for narrow modules",
             )
         self.register_buffer("start_A", torch.empty_like(self.lora_A))
         self.register_buffer("start_B", torch.empty_like(self.lora_B))

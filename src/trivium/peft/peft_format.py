@@ -28,7 +28,7 @@ from trivium.peft.prefix import Prefix
 from trivium.peft.vera import Projection, VeRA
 
 PREFIX = "base_model.model."
-MERGE = "Merge the adapter into its base with PEFT and use the merged model."
+MERGE = "merge the adapter into its base with PEFT and use the merged model"
 
 # What says nothing about the result: the tensors tell the modules, the modules tell their own orientation.
 HARMLESS = (
@@ -58,7 +58,8 @@ class Source:
 
     @property
     def wants(self) -> str:
-        return f"It was trained on {self.config.get('base_model_name_or_path') or 'a base that it does not name'}."
+        base = self.config.get("base_model_name_or_path") or "it names none"
+        return f"use it on the base that it was trained on: {base}"
 
     def built(self, make: Callable[..., Any], **values: Any) -> Any:
         """Settings made of what the config says. Raises ModelError that names the file."""
@@ -126,7 +127,7 @@ def by_target(source: Source, endings: Mapping[str, str]) -> dict[str, dict[str,
         target = name.removeprefix(PREFIX).removesuffix("." + ending)
         found.setdefault(target, {})[endings[ending]] = tensor
     if not found:
-        raise ModelError(f"{source.folder} holds no weights", "Fetch the adapter again.")
+        raise ModelError(f"{source.folder} holds no weights", "fetch the adapter again")
     return found
 
 
@@ -166,7 +167,7 @@ def _read_vera(model: nn.Module, source: Source) -> Read:
     pair = [small.pop(f"base_model.vera_{which}", None) for which in "AB"]
     if pair[0] is None or pair[1] is None or pair[0].ndim != 2 or pair[1].ndim != 2:
         raise ModelError(
-            f"{source.folder} holds no vera_A and vera_B", "Save it again in PEFT with save_projection=True."
+            f"{source.folder} holds no vera_A and vera_B", "save it again in PEFT with save_projection=True"
         )
     config = source.config
     endings = {key: key for key in ("vera_lambda_b", "vera_lambda_d")}
@@ -213,7 +214,7 @@ def _read_ia3(model: nn.Module, source: Source) -> Read:
     found = by_target(source, {"ia3_l": "ia3_l"})
     linear = linear_targets(model, source, found)
     if wrong := [name for name, one in found.items() if one["ia3_l"].ndim != 2]:
-        raise ModelError(f"{source.folder}: the scale of {wrong[0]} is no matrix", "Fetch the adapter again.")
+        raise ModelError(f"{source.folder}: the scale of {wrong[0]} is no matrix", "fetch the adapter again")
     # A matrix of one row scales the input, of one column the output.
     down = [name for name in linear if len(found[name]["ia3_l"]) == 1]
     settings = source.built(kinds.IA3Settings, target_modules=list(linear), feedforward_modules=down or None)
@@ -257,7 +258,7 @@ TOKENS = (
 
 def _the_embeddings(source: Source) -> Tensor:
     if set(source.small) != {"prompt_embeddings"} or source.small["prompt_embeddings"].ndim != 2:
-        raise ModelError(f"{source.folder} holds no prompt_embeddings alone", "Fetch the adapter again.")
+        raise ModelError(f"{source.folder} holds no prompt_embeddings alone", "fetch the adapter again")
     return source.small["prompt_embeddings"]
 
 

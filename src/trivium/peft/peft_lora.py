@@ -197,7 +197,8 @@ def _parts(model: nn.Module, source: Source) -> dict[str, Any]:
             module = str(name).rpartition(".")[0] if key == "target_parameters" else str(name)
             if not any(f".{path}".endswith(f".{module}") for path in there):
                 raise ModelError(
-                    f"{source.folder} has {key} {str(name)[:60]!r} and holds no weights of it", "Fetch it again."
+                    f"{source.folder} has {key} {str(name)[:60]!r} and holds no weights of it",
+                    "fetch the adapter again",
                 )
     return {"lora": found, "whole": whole, "experts": experts}
 
@@ -239,7 +240,7 @@ def _per_target(source: Source, key: str, names: dict[str, Any]) -> dict[str, An
         if not fitting or isinstance(value, bool) or not isinstance(value, (int, float)) or value <= 0:
             raise ModelError(
                 f"{source.folder} has {key} {str(pattern)[:60]!r}: {value!r}, which fits no module here",
-                "Write the full names of modules there, each with a number.",
+                "write the full names of modules there, each with a number",
             )
         for name in fitting:
             found.setdefault(name, value)  # the first that fits counts, as in PEFT

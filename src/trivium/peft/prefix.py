@@ -42,9 +42,9 @@ def build(model: nn.Module, settings: PrefixSettings) -> Plan:
     kinds = set(getattr(config, "layer_types", None) or ()) - {*ATTENTION_KINDS}
     if kinds:
         has = ", ".join(sorted(kinds))
-        raise ModelError(f"prefix: {type(model).__name__} has layers of {has}", "Choose another method.")
+        raise ModelError(f"prefix: {type(model).__name__} has layers of {has}", "choose another method")
     if getattr(config, "kv_lora_rank", None):
-        raise ModelError(f"prefix: {type(model).__name__} keeps compressed keys and values", "Choose another method.")
+        raise ModelError(f"prefix: {type(model).__name__} keeps compressed keys and values", "choose another method")
     heads = int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
     width = int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
     made: dict[str, Delta] = {
@@ -72,6 +72,6 @@ def _from_tokens(model: nn.Module, hung: dict[str, Delta], generator: torch.Gene
                 if found is None or mine.shape != found.shape[1:]:
                     raise ModelError(
                         f"prefix: the layers of {type(model).__name__} keep no keys and values of {list(mine.shape)}",
-                        "Choose another method.",
+                        "choose another method",
                     )
                 mine.copy_(found[0])

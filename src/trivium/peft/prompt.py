@@ -27,7 +27,7 @@ class NoPlace(Delta):
     def obstacle(self, target: nn.Module) -> ModelError | None:
         return ModelError(
             "virtual tokens are no part of any weight and cannot be merged into the base",
-            "Keep the adapter folder beside its base, or train with method: {name: lora}, which can be merged.",
+            "keep the adapter folder beside its base, or train with method: {name: lora}, which can be merged",
         )
 
 
@@ -61,5 +61,5 @@ def refuse_lookups(model: nn.Module, method: str) -> None:
     if getattr(model.config, "hidden_size_per_layer_input", 0):
         raise ModelError(
             f"{method}: the layers of {type(model).__name__} look every token up, and a virtual token is none",
-            "Choose another method.",
+            "choose another method",
         )

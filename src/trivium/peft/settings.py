@@ -64,7 +64,7 @@ def settings_for(name: str, values: Mapping[str, Any]) -> Settings:
     known = [one.name for one in fields(METHODS[name].settings)]
     for key in values:
         if key not in known:
-            remedy = f"Settings of {name}: {listed(known)}." if known else f"{name} has no settings."
+            remedy = f"settings of {name}: {listed(known)}" if known else f"leave {key} out: {name} has no settings"
             raise RecipeError(f"method {name} has no setting {key!r}{nearest(str(key), known)}", remedy)
     found: Settings = METHODS[name].settings(**values)
     return found
@@ -73,7 +73,7 @@ def settings_for(name: str, values: Mapping[str, Any]) -> Settings:
 def unknown(name: object) -> RecipeError:
     """The error for a method that is not there."""
     every = (*METHODS, *PRESETS)
-    return RecipeError(f"there is no method {name!r}{nearest(str(name), every)}", f"Methods: {listed(every, 30)}.")
+    return RecipeError(f"there is no method {name!r}{nearest(str(name), every)}", f"methods: {listed(every, 30)}")
 
 
 def as_written(method: str | Mapping[str, Any]) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def as_written(method: str | Mapping[str, Any]) -> dict[str, Any]:
         if key != "name" and given.get(key, value) != value:
             raise RecipeError(
                 f"{key} is {given[key]!r}, and {name} means {key}: {value}",
-                f"Leave {key} out, or write name: {preset['name']}.",
+                f"leave {key} out, or write name: {preset['name']}",
             )
     return {**preset, **{key: value for key, value in given.items() if key != "name"}}
 

@@ -45,7 +45,7 @@ def decoder_layers(model: nn.Module) -> dict[str, nn.Module]:
     if not lists:
         raise ModelError(
             f"found no list of {count} decoder layers in {type(model).__name__}",
-            "Name the modules in target_modules, or train in full.",
+            "name the modules in target_modules, or train in full",
         )
     name, layers = min(lists, key=lambda pair: pair[0].count("."))
     return {f"{name}.{index}": layer for index, layer in enumerate(layers)}
@@ -58,7 +58,7 @@ def block(name: str, layer: nn.Module, names: Iterable[str]) -> str:
         if child in children:
             return f"{name}.{child}"
     raise ModelError(
-        f"{name} has none of {listed(names)}; it has {listed(children)}", "Name the modules in target_modules."
+        f"{name} has none of {listed(names)}; it has {listed(children)}", "name the modules in target_modules"
     )
 
 
@@ -104,7 +104,7 @@ def value_for(names: Iterable[str], values: Mapping[str, Value] | None, setting:
             short = sorted({name.rpartition(".")[2] for name in names})
             hint = nearest(pattern.rpartition(".")[2], short)
             raise RecipeError(
-                f"{setting} {pattern!r} matches none of the target_modules{hint}", f"These are: {listed(short, 24)}."
+                f"{setting} {pattern!r} matches none of the target_modules{hint}", f"these are: {listed(short, 24)}"
             )
         for name in fitting:
             found.setdefault(name, value)
@@ -126,7 +126,7 @@ def find_targets(model: nn.Module, patterns: TargetModules) -> list[str]:
             if matches(name, pattern):
                 raise RecipeError(
                     f"target_modules {pattern!r} reaches the output head {name}, which is never adapted",
-                    f"Write a narrower pattern, or '{ALL_LINEAR}' for every linear module in the layers.",
+                    f"write a narrower pattern, or '{ALL_LINEAR}' for every linear module in the layers",
                 )
     return select(candidates, patterns)
 
@@ -145,7 +145,7 @@ def select(
             hint = nearest(pattern.rpartition(".")[2], names)
             raise RecipeError(
                 f"{setting} {pattern!r} matches no {kind}{hint}",
-                f"There are: {listed(names, 24) or 'none'}.",
+                f"there are: {listed(names, 24) or 'none'}",
             )
     return [name for name in candidates if any(matches(name, pattern) for pattern in patterns)]
 

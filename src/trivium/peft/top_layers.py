@@ -20,7 +20,7 @@ def build(model: nn.Module, settings: TopLayersSettings) -> Plan:
     """A copy of every tensor in the last ``layers`` decoder layers. Raises RecipeError where there are fewer."""
     layers = decoder_layers(model)
     if settings.layers > len(layers):
-        raise RecipeError(f"layers is {settings.layers}, the model has {len(layers)}", "Train with method: full.")
+        raise RecipeError(f"layers is {settings.layers}, the model has {len(layers)}", "train with method: full")
     top = list(layers.items())[-settings.layers :]
     names = [
         f"{path}.{own}" if own else path
