@@ -45,7 +45,8 @@ def _told(process: subprocess.Popen[bytes]) -> dict[str, Any]:
         if code < 0:
             remedy = "it may have needed more memory than there is: lower micro_batch_tokens"
             raise UserError(f"its process was killed by signal {-code}", remedy) from None
-        raise UserError(f"its process ended with exit code {code}", "what it said last tells why") from None
+        remedy = "mend what it said last, then run the same command"
+        raise UserError(f"its process ended with exit code {code}", remedy) from None
     if "error" in found:
         raise _error(found["error"])
     return found

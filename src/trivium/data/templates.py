@@ -210,9 +210,9 @@ def _with_ending(template: ChatTemplate, bos_id: int | None) -> ChatTemplate:
                        appended=found[1])  # fmt: skip
     if stop_id < 0:
         eos = encoder.variables.get("eos_token")
-        end = repr(text[at : at + 40]) if text[at:] else "nothing"
+        ending = repr(text[at : at + 40]) if text[at:] else "nothing"
         raise ModelError(
-            f"{template.origin} ends an answer with {end}, not with a token of its own: a "
+            f"{template.origin} ends an answer with {ending}, not with a token of its own: a "
             "model trained on it could not learn to stop",
             "use a chat template whose turns end with one of the tokenizer's special tokens, such as its EOS"
             + (f" {eos!r}" if eos else ""),
