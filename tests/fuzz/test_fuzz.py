@@ -75,6 +75,13 @@ def _raise(error: BaseException) -> None:
     raise error
 
 
+def _told(what: str, remedy: str = "d") -> DataError:
+    """An error with these very texts, as if nothing had made them fit to be shown."""
+    error = DataError("", "")
+    error.what, error.remedy = what, remedy
+    return error
+
+
 def _left_over(folder: Path) -> None:
     (folder / "half").write_text("x", encoding="utf-8")
 
@@ -84,14 +91,14 @@ WRONG: dict[str, tuple[Callable[[Path], Any], str]] = {
     "a panic": (lambda _: _raise(BaseException("panicked")), "BaseException: 'panicked'"),
     "an abort": (lambda _: os.abort(), "the process died of SIGABRT"),
     "an exit": (lambda _: os._exit(3), "the process died"),
-    "much computing": (lambda _: _spin(0.3), "took 0.3 s"),
-    "a long sleep": (lambda _: time.sleep(60), "not done after 1 s"),
-    "a message without a remedy": (lambda _: _raise(DataError("what", " ")), "no remedy"),
-    "four lines": (lambda _: _raise(DataError("a\nb\nc", "d")), "more than three lines"),
-    "a traceback": (lambda _: _raise(DataError('File "x.py", line 3', "d")), "speaks Python"),
-    "an exception's repr": (lambda _: _raise(DataError(f"{KeyError('x')!r}", "d")), "speaks Python: 'KeyError('"),
-    "a terminal's control codes": (lambda _: _raise(DataError("\x1b[31mred", "d")), "control characters"),
-    "half a character": (lambda _: _raise(DataError("\ud800", "d")), "half a character"),
+    "much computing": (lambda _: _spin(0.15), "took 0."),
+    "a long sleep": (lambda _: time.sleep(60), "not done after 3 s"),
+    "a message without a remedy": (lambda _: _raise(_told("what", " ")), "no remedy"),
+    "four lines": (lambda _: _raise(_told("a\nb\nc")), "more than three lines"),
+    "a traceback": (lambda _: _raise(_told("Traceback (most recent call last)")), "speaks Python"),
+    "an exception's repr": (lambda _: _raise(_told(f"{KeyError('x')!r}")), "speaks Python: 'KeyError'"),
+    "a terminal's control codes": (lambda _: _raise(_told("\x1b[31mred")), "control characters"),
+    "half a character": (lambda _: _raise(_told("\ud800")), "half a character"),
     "a file left behind": (_left_over, "left behind: half"),
 }
 
@@ -104,8 +111,8 @@ def _spin(seconds: float) -> None:
 
 @pytest.mark.parametrize("name", WRONG)
 def test_what_goes_wrong_is_seen(name, tmp_path, monkeypatch):
-    monkeypatch.setattr(harness, "DEADLINE", 1.0)
-    monkeypatch.setattr(harness, "SLOW", 0.25)
+    monkeypatch.setattr(harness, "DEADLINE", 3.0)
+    monkeypatch.setattr(harness, "SLOW", 0.1)
     act, told = WRONG[name]
 
     def call(_: Any, folder: Path, __: Any) -> None:
