@@ -96,8 +96,7 @@ ADAPTERS: dict[str, tuple[Spoil, str]] = {
     "a base of 10 kB of path": (on("../" * 3000 + "x"), "its base model is not at"),
     "a base with a zero byte": (on("a\0b"), "its base model is not at"),
     "a base that is hostile": (
-        base_that_is(lambda p: (p.mkdir(),
-                                rewrite(p / "config.json", model_type="mine", auto_map={"AutoConfig": "e.C"}),
+        base_that_is(lambda p: (p.mkdir(), rewrite(p / "config.json", model_type="x", auto_map={"AutoConfig": "e.C"}),
                                 (p / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}"))), "code of its own",
     ),
     # settings

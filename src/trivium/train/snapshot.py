@@ -64,6 +64,8 @@ def put_back(taken: Taken, model: nn.Module, optimizers: list[torch.optim.Optimi
 def _check(taken: Taken, mine: dict[str, nn.Parameter]) -> None:
     """What is put back is of this training. Raises CheckpointError."""
     wrong = [name for name in ("weights", "optimizer", "rng") if name not in taken]
+    if not wrong:
+        _check_weights(taken["weights"], mine)
     for full, tensor in taken["optimizer"].items() if not wrong else ():
         name, _, key = full.partition(".")[2].rpartition(".")
         fits = name in mine and tensor.shape in (mine[name].shape, torch.Size([]))
@@ -74,11 +76,15 @@ def _check(taken: Taken, mine: dict[str, nn.Parameter]) -> None:
         raise CheckpointError(what, "start over with --fresh")
 
 
-def put_weights(weights: dict[str, Tensor], mine: dict[str, nn.Parameter]) -> None:
-    """Copy weights in. Raises CheckpointError where names or shapes are others."""
+def _check_weights(weights: dict[str, Tensor], mine: dict[str, nn.Parameter]) -> None:
     wrong = sorted(weights.keys() ^ mine.keys()) or [n for n, p in mine.items() if p.shape != weights[n].shape]
     if wrong:
         raise CheckpointError(f"the checkpoint is of other weights ({wrong[0]})", "start over with --fresh")
+
+
+def put_weights(weights: dict[str, Tensor], mine: dict[str, nn.Parameter]) -> None:
+    """Copy weights in. Raises CheckpointError where names or shapes are others."""
+    _check_weights(weights, mine)
     with torch.no_grad():
         for name, parameter in mine.items():
             parameter.copy_(weights[name])
