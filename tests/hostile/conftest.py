@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
+import signal
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +59,25 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Sound:
     found = Sound(here)
     for kind in ("base", "chat"):
         first = tmp_path_factory.mktemp("first")
-        for act in ways_in(found.copy(kind, first), first, found):
-            import contextlib
-
-            with contextlib.suppress(SystemExit):
-                act()
+        with signals_kept():
+            for act in ways_in(found.copy(kind, first), first, found):
+                with contextlib.suppress(SystemExit):
+                    act()
     return found
+
+
+@contextlib.contextmanager
+def signals_kept() -> Iterator[None]:
+    """A command that ends with an error ignores signals from then on: so would this process, and all that it starts."""
+    from trivium import interrupt
+
+    handlers = {number: signal.getsignal(number) for number in interrupt.SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        interrupt._asked.clear()
 
 
 def some(names: Iterable[str]) -> list[Any]:

@@ -8,6 +8,7 @@ import io
 import marshal
 import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -152,3 +153,9 @@ def test_a_sound_folder_is_opened_in_every_way(kind, sound, tmp_path):
     codes = [code for code, _ in seen.ended]
     assert codes == [0, 0, 0, 0, 2, 0, 0][: len(codes)], seen.ended  # it is no reward model
     assert seen.faults == [], "\n".join(seen.faults)
+
+
+def test_this_process_is_as_it_was(sound):
+    """What the fixture runs in this process must not change it: signals that are ignored are so in every child."""
+    assert signal.getsignal(signal.SIGTERM) is not signal.SIG_IGN
+    assert signal.getsignal(signal.SIGINT) is not signal.SIG_IGN
