@@ -12,7 +12,15 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.checks import check_data, check_extras, check_fit, check_judge, check_sizes, check_texts
+from trivium.checks import (
+    check_data,
+    check_extras,
+    check_fit,
+    check_judge,
+    check_several,
+    check_sizes,
+    check_texts,
+)
 from trivium.errors import CheckpointError, ModelError, RecipeError, nearest
 from trivium.files import MANIFEST, clear_errors, damage, make_folder, recover, sha256_json, whole_folder, write_json
 from trivium.lock import LOCK, only_run
@@ -33,6 +41,7 @@ from trivium.start import (
 )
 from trivium.summary import SHOWN, SUMMARY, stage_identity, stage_record, summary_of
 from trivium.terminal import clock, say, shown, size
+from trivium.train.processes import Processes, current
 from trivium.train.track import check_tracker, open_tracker
 from trivium.under_way import TRAINING, UnderWay, under_way
 
@@ -60,6 +69,9 @@ def run_recipe(
     check_judge(recipe)
     check_tracker(recipe.track)
     settings, notes = _resolved(recipe, stages)
+    if not (others := current()).first:
+        return _help(recipe, [settings[stage.name] for stage in stages], out, others)
+    check_several(others, profile)
     check_extras([*settings.values()])
     check_sizes(recipe)
     out = make_folder(out).resolve()  # adapters name their base: PEFT looks for it from wherever it is started
@@ -72,7 +84,9 @@ def run_recipe(
     with only_run(out) as left:
         if left:
             say(f"note: {left}")
-        return _in_order(recipe, ordered, notes, out, judge, accept_changed_data, profile)
+        summary = _in_order(recipe, ordered, notes, out, judge, accept_changed_data, profile)
+    others.led(dict)  # they have waited for all to be written
+    return summary
 
 
 def _in_order(
@@ -104,6 +118,29 @@ def _in_order(
         write_report([out], out / REPORT)
     say(f"report: {shown(out / REPORT)}")
     return summary
+
+
+def _help(recipe: Recipe, stages: list[Stage], out: Path, others: Processes) -> dict[str, Any]:
+    """Train with the first of several processes what that one says, stage by stage; nothing is written here."""
+    for stage in stages:
+        told = others.led(dict)
+        if told is None:
+            continue  # done before
+        from trivium.stage_runner import run_stage
+
+        run, _ = _opened(recipe, stage, Link(told["source"], told["identity"], []), out.resolve(), out)
+        run.folder = run.adapter_base = None
+        run.under_way = UnderWay(Path(told["folder"]), told["about"], told["date"])
+        run_stage(_dated(run))
+    others.led(dict)
+    return {}
+
+
+def _dated(run: Any) -> Any:
+    """With the date that the chat template was told when the training began."""
+    if run.under_way.date is not None and run.stage.date is None:
+        run.stage = run.stage.model_copy(update={"date": datetime.date.fromisoformat(run.under_way.date)})
+    return run
 
 
 def _up_to(recipe: Recipe, until: str | None) -> list[Stage]:
@@ -146,6 +183,7 @@ def _stage(
         check_whole(final, quick=True)
         say(f"  done before ({identity[:12]}), not run again" + (", so there is nothing to profile" if profile else ""))
         UnderWay.of(out, stage.name, about).done(stage, found)
+        current().led(lambda: None)
         return found
     if final.exists() and found is None:
         raise ModelError(f"{final}: in the way, and not a folder of trivium", "move it away, or choose another --out")
@@ -153,6 +191,9 @@ def _stage(
     if stage.from_:
         check_whole(Path(parent.source))
     started = time.perf_counter()
+    told = {"source": parent.source, "identity": parent.identity, "folder": str(going.folder), "about": about,
+            "date": going.date}  # fmt: skip
+    current().led(lambda: told)
     with whole_folder(final) as partial:
         run, base = _opened(recipe, stage, parent, out, partial)
         check_fit(run.model, recipe, stages)
@@ -161,10 +202,8 @@ def _stage(
 
         run.judge, run.under_way = judge, going
         run.profile = out / f"profile-{stage.name}.json" if profile else None
-        if going.date is not None and stage.date is None:
-            run.stage = stage.model_copy(update={"date": datetime.date.fromisoformat(going.date)})
         run.tracker = lambda: open_tracker(recipe.track, recipe.name, stage.name, out, stage.model_dump(by_alias=True))
-        report = run_stage(run)
+        report = run_stage(_dated(run))
         report["setup_seconds"] += opening
         data = {"paths": stage.paths, **data}
         record = stage_record(stage, parent, final, identity, base(), data, report)
@@ -254,7 +293,7 @@ def _opened(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: Path
             return None
         return place(written["source"], identity_of(written["source"]), out / stage.name)
 
-    return StageRun(stage, opened, partial, adapter_base), base
+    return StageRun(stage, opened, partial, adapter_base, others=current()), base
 
 
 def _needs_writing(place: str, recipe: Recipe, parent: Link) -> bool:

@@ -59,9 +59,10 @@ def reference_of(run: StageRun, work: Work, held_out: list[Forest]) -> NoReferen
         return Remembered(parents, forests())
     about = {"of": _what_is_kept(run, work)}
     folder = cache_folder("reference") / about["of"][:32]
-    found, there = Remembered.kept_in(folder, about, parents, forests)
-    read_today(folder)
-    let_go(folder.parent)
+    found, there = Remembered.kept_in(folder, about, parents, forests, run.others)
+    if run.others.first:
+        read_today(folder)
+        let_go(folder.parent)
     if there:
         say("  they were computed before, for the same rows and the same parent")
     return found

@@ -23,11 +23,12 @@ from trivium.peft import base as deltas
 from trivium.peft.kinds import FullSettings, Settings, virtual_tokens
 from trivium.peft.settings import method_name, settings_of
 from trivium.peft.targets import decoder_layers
-from trivium.proven import proven
+from trivium.recipe import Stage
 from trivium.stage_data import packed, run_order, stage_examples
 from trivium.stage_proof import probe, prove_start, recomputes, within_memory
 from trivium.stage_reference import elsewhere, reference_of
 from trivium.stage_saving import LOG
+from trivium.stage_together import plan_of, proven_by_first
 from trivium.stage_training import Training
 from trivium.stage_work import StageRun, Work
 from trivium.terminal import say
@@ -47,13 +48,16 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         with costs.clock("reference_seconds"):
             reference = reference_of(run, work, held_out)
         with costs.clock("setup_seconds"):
-            prove_start(work.goal, model, reference, work.used, elsewhere(run, work))
+            if run.others.first:
+                prove_start(work.goal, model, reference, work.used, elsewhere(run, work))
             layers = list(decoder_layers(model.hf).values())
-            again = layers[: recomputes(run.stage, model, work.used)]
+            again = layers[: run.others.led(lambda: recomputes(run.stage, model, work.used))]
             stack.enter_context(recompute.recomputed(again, model.adapters))
         training = Training(run, work, reference, held_out, peak)
         stack.callback(training.close)
         before = training.carry_out()
+        if not run.others.first:
+            return {}  # what follows is read from the folder that the first one writes
         with costs.clock("save_seconds"):
             training.choose_result()
             round_to(model.hf, model.saved_dtype)
@@ -67,17 +71,21 @@ def _prepared(run: StageRun) -> Work:
     """Data, method and objective, and the proof that the packed rows are computed right."""
     stage, model = run.stage, run.model
     template = chat_template(model.tokenizer, stage.date)
-    data, held_out = stage_examples(stage, model, template, run.data, _context(run))
+    with run.others.first_alone():
+        data, held_out = stage_examples(stage, model, template, run.data, _context(run))
     base = run.adapter_base() if run.adapter_base and not stage.full else None
     settings, parent = _attach(run)
+    run.others.alike(model.hf)
     order = run_order(stage, data)
     used = data.examples.at(order.used())
     weights = [run.under_way.about["parent"], asdict(settings), stage.seed] if run.under_way else None
-    proof, before = proven(model, probe(used), weights)
+    proof, before = proven_by_first(run.others, model, probe(used), weights)
     say(f"  {proof.line()}" + ("; proved before" if before else ""))
     with model.laid_out(proof.layout):
-        run.stage = within_memory(stage, model, used)
+        fits = run.others.led(lambda: _passes(within_memory(stage, model, used)))
+    run.stage = stage.model_copy(update=fits)
     order = run_order(run.stage, data)
+    run.others.agree("data", plan_of(order, used))
     goal = objective(stage.model_dump())
     if data.ledger.counts.get("with_margin") and not goal.margins:
         say(f"  note: {goal.name} knows no margins: those of the rows change nothing")
@@ -85,6 +93,11 @@ def _prepared(run: StageRun) -> Work:
 
 
 # --- before the loop
+
+
+def _passes(stage: Stage) -> dict[str, Any]:
+    """What may have been fitted to the memory there is."""
+    return {"micro_batch_tokens": stage.micro_batch_tokens, "recompute": stage.recompute}
 
 
 def _context(run: StageRun) -> int:

@@ -13,6 +13,13 @@ if TYPE_CHECKING:
 
 AFTER = 1.0  # seconds before anything is shown
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+_muted = False
+
+
+def mute(muted: bool = True) -> None:
+    """Say nothing from now on: of several processes one speaks."""
+    global _muted
+    _muted = muted
 
 
 def say(text: str) -> None:
@@ -23,6 +30,8 @@ def say(text: str) -> None:
 def write(text: str) -> None:
     """To standard error, if anybody still reads it: a closed terminal ends no run."""
     with contextlib.suppress(OSError, ValueError):
+        if _muted:
+            return
         sys.stderr.write(text)
         sys.stderr.flush()
 
@@ -68,6 +77,8 @@ class Progress:
     def to(self, done: int) -> None:
         """``done`` of the total, in whatever it is counted."""
         now = time.perf_counter()
+        if _muted:
+            return
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=done)
         elif not sys.stderr.isatty():

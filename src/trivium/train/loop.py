@@ -17,6 +17,7 @@ from trivium.errors import DataError, NonFiniteError
 from trivium.forest import Forest
 from trivium.objectives.base import LogProb, Objective, Reference, Sums
 from trivium.train.optimizer import set_rate
+from trivium.train.processes import ALONE, Processes
 
 
 def stop(step: int, what: str, rows: list[str]) -> None:
@@ -45,6 +46,7 @@ class Task:
     max_grad_norm: float
     not_finite: Callable[[int, str, list[str]], None] = stop  # (step, what, rows): raises, or the step is left out
     beside: Callable[[int], Iterator[Forest]] = nothing_beside  # what the objective's first pass over step ``n`` reads
+    others: Processes = ALONE  # who take their shares of each step
 
 
 @dataclass(frozen=True)
@@ -79,16 +81,18 @@ def train(task: Task, after_step: Callable[[StepLog], None], done: int = 0) -> N
             raise DataError(
                 f"step {number + 1}: nothing to learn in {some(_rows(forests))}", "check the data's answers"
             )
-        goal, sums = task.objective, Sums()
+        goal, sums, others = task.objective, Sums(), task.others
         if goal.first is not None:
-            goal = goal.first.known(task.logprob, task.reference, task.beside(number))
-        for forest in forests:
+            beside = others.share(list(task.beside(number)))
+            goal = goal.first.known(task.logprob, task.reference, beside, others.added)
+        for forest in others.share(forests):
             reference = task.reference(forest)
             result = goal.compute(task.logprob(forest), forest, reference)
             if len(forest.source):  # else nothing in it is trained, and there is no gradient to take
                 (result.sum / weight).backward()
             sums.add(result, goal.weight(forest))
-        stats = sums.means()
+        stats = others.sums(sums).means()
+        others.gradients(parameters)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, task.max_grad_norm))
         fault, rows = _fault(stats["loss"], norm), _rows(forests)
         set_rate(task.optimizers, task.rate(number))
