@@ -11,15 +11,19 @@ from pathlib import Path
 from tests.crash.process import Ended, Process
 
 
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
 class Several:
     """``trivium run`` in ``count`` forks that know of each other as torchrun would tell them, without torchrun."""
 
     def __init__(
         self, recipe: Path, *more: object, count: int = 2, meanwhile: Callable[[int], None] = lambda rank: None
     ) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
 
         def told(rank: int) -> None:
             os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(count),

@@ -68,6 +68,7 @@ class Seen:
     end: int | None = None  # the exit code with which it ends
     quiet: float = 0.0  # seconds, those left out in which this process was held up itself
     gone: int = 0  # looks in a row at which the system did not know it
+    lost: bool = False  # whether it was found dead, frozen or silent
 
     @property
     def here(self) -> bool:
@@ -175,6 +176,7 @@ class Watch:
                 if seen.end is not None:
                     self._give(seen.end, None)
                 elif (why := self._lost(rank, seen)) is not None:
+                    seen.lost = True
                     self._give(EX_TEMPFAIL, f"process {rank} of {self.count} (pid {seen.pid} on {seen.host}) {why}")
                     return
             if self.verdict is None and (self.store_broken or self.store_quiet > SILENT):
@@ -211,6 +213,7 @@ class Watch:
         if self.hosted:
             first = self.seen[0]
             if not first.here:  # else the system says in a moment whether it lives
+                first.lost = True
                 told = f"process 0 of {self.count} (pid {first.pid} on {first.host}) cannot be reached any more"
                 self._give(EX_TEMPFAIL, told)
             return
@@ -254,16 +257,20 @@ class Watch:
 
     def first_to_tell(self) -> bool:
         """Whether nobody has told yet why all end. Without an answer of the store, the first that lives tells."""
-        answer: list[int] = []
         if self._told:
             return False
-        asking = threading.Thread(target=lambda: answer.append(self.stores[1].add("told", 1)), daemon=True)
-        with contextlib.suppress(RuntimeError):
-            if not self.store_broken:
-                asking.start()
-                asking.join(2.0)
-        alive = [r for r, s in enumerate(self.seen) if r == self.rank or (s.end is None and not s.gone and s.quiet < 5)]
-        self._told = answer == [1] if answer else self.rank == min(alive)
+        answer: list[int] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answer.append(self.stores[1].add("told", 1))
+
+        if not (self.store_broken or (self.hosted and self.seen[0].lost)):
+            asking = threading.Thread(target=ask, daemon=True)  # it may hang with the one who holds the store
+            asking.start()
+            asking.join(2.0)
+        alive = [rank for rank, seen in enumerate(self.seen) if seen.end is None and not seen.lost]
+        self._told = answer == [1] if answer else self.rank == min(alive, default=self.rank)
         return self._told
 
     def leave(self, code: int) -> None:
@@ -278,7 +285,8 @@ class Watch:
         while self.hosted and self.rank == 0 and time.monotonic() < end:
             if all(s.end is not None or self._out_of_sight(s) for r, s in enumerate(self.seen) if r):
                 break
-            time.sleep(0.02)
+            self._now.set()
+            time.sleep(0.05)
 
     def _out_of_sight(self, seen: Seen) -> bool:
         return seen.here and _life(seen.pid)[0] in ("", "Z", "X")
