@@ -126,14 +126,23 @@ def _help(recipe: Recipe, stages: list[Stage], out: Path, others: Processes) -> 
         told = others.led(dict)
         if told is None:
             continue  # done before
+        _check_same(told, stage, others)
         from trivium.stage_runner import run_stage
 
         run, _ = _opened(recipe, stage, Link(told["source"], told["identity"], []), out.resolve(), out)
         run.folder = run.adapter_base = None
         run.under_way = UnderWay(Path(told["folder"]), told["about"], told["date"])
         run_stage(_dated(run))
-    others.led(dict)
+    _check_same(others.led(dict), None, others)
     return {}
+
+
+def _check_same(told: dict[str, Any], stage: Stage | None, others: Processes) -> None:
+    """The first process is at the same stage; raises RecipeError where it was given another recipe."""
+    mine = sha256_json([stage.name, identity_settings(stage)]) if stage is not None else None
+    if told.get("stage") != mine:
+        what = f"process {others.rank} was given another recipe or other options than process 0"
+        raise RecipeError(what, "give all of them the same ones")
 
 
 def _dated(run: Any) -> Any:
@@ -192,7 +201,7 @@ def _stage(
         check_whole(Path(parent.source))
     started = time.perf_counter()
     told = {"source": parent.source, "identity": parent.identity, "folder": str(going.folder), "about": about,
-            "date": going.date}  # fmt: skip
+            "date": going.date, "stage": sha256_json([stage.name, identity_settings(stage)])}  # fmt: skip
     current().led(lambda: told)
     with whole_folder(final) as partial:
         run, base = _opened(recipe, stage, parent, out, partial)

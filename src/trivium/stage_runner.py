@@ -85,7 +85,7 @@ def _prepared(run: StageRun) -> Work:
         fits = run.others.led(lambda: _passes(within_memory(stage, model, used)))
     run.stage = stage.model_copy(update=fits)
     order = run_order(run.stage, data)
-    run.others.agree("data", plan_of(order, used))
+    run.others.agree("data", lambda: plan_of(order, used))
     goal = objective(stage.model_dump())
     if data.ledger.counts.get("with_margin") and not goal.margins:
         say(f"  note: {goal.name} knows no margins: those of the rows change nothing")
@@ -157,6 +157,7 @@ def _report(run: StageRun, work: Work, measured: dict[str, dict[str, float]], tr
         "total_parameters": model.parameters(),
         "steps": len(work.order),
         "epochs": work.order.epochs,
+        "processes": run.others.count,
         "tokens_per_second": costs.tokens / costs.seconds if costs.seconds else 0.0,
         "peak_memory_bytes": training.peak_bytes(),
         **asdict(costs),

@@ -78,6 +78,10 @@ def test_two_processes_train_as_one(name, steps, cell):
 # --- promise 9
 
 
+def saved(recipe: Path) -> bool:
+    return any((recipe.parent / "out").glob("x.training/*/step-*/manifest.json"))
+
+
 def telling(recipe: Path):
     """Each process writes down which rows it computes, the first one also which rows the log names."""
 
@@ -124,7 +128,9 @@ def test_every_example_exactly_once_per_epoch(cell):
         running = Several(two, meanwhile=telling(two))
         if kills < 2:
             running.ranks[0].wait_for("step 1/30" if kills == 0 else "goes on after")
-            time.sleep(rng.uniform(0.1, 0.4))
+            while not saved(two) and running.ranks[0].running(0.01):
+                pass
+            time.sleep(rng.uniform(0.0, 0.2))
             with_it = running.ranks[kills]
             if with_it.running():
                 with_it.send(signal.SIGKILL)
@@ -152,10 +158,6 @@ def impatient(rank: int) -> None:
     from trivium.train import heartbeat
 
     heartbeat.SILENT = 2.5
-
-
-def saved(recipe: Path) -> bool:
-    return any((recipe.parent / "out").glob("x.training/*/step-*/manifest.json"))
 
 
 def broken(recipe: Path, rank: int, number: int, rng: random.Random, quick: bool = True) -> tuple[float, str] | None:
@@ -208,11 +210,18 @@ def expected(base):
     return of
 
 
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP])
-@pytest.mark.parametrize("rank", [0, 1])
+@pytest.mark.parametrize(
+    ("rank", "number"),
+    [
+        (0, signal.SIGSTOP),
+        (1, signal.SIGKILL),
+        pytest.param(0, signal.SIGKILL, marks=pytest.mark.slow),
+        pytest.param(1, signal.SIGSTOP, marks=pytest.mark.slow),
+    ],
+)
 def test_a_lost_process_is_named_and_the_run_goes_on(rank, number, cell, expected):
     """Killed or frozen; with dropout, which each process draws on its own: the end is in the same bits all the same."""
-    changed = {"micro_batch_tokens": 24, "max_steps": 60, "save_every": 3}
+    changed = {"micro_batch_tokens": 24, "max_steps": 40, "save_every": 5}
     recipe = cell("sft-lora", **changed)
     took = broken(recipe, rank, number, random.Random(f"{rank}{number}"))
     assert took is not None, "this test has to hit it"
@@ -253,10 +262,12 @@ def test_a_frozen_process_is_noticed_within_30_seconds(rank, cell, expected):
     assert result(recipe) == expected("sft-lora", cell, **changed)
 
 
-@pytest.mark.parametrize("where", ["before", "evaluation", "save"])
+@pytest.mark.parametrize(
+    "where", ["evaluation", *(pytest.param(n, marks=pytest.mark.slow) for n in ("before", "save"))]
+)
 def test_killed_elsewhere_than_in_a_step(where, cell, expected):
     """While the data is prepared, while the first one evaluates and the other one waits, amid a save."""
-    changed = {"micro_batch_tokens": 24, "max_steps": 20, "save_every": 5}
+    changed = {"micro_batch_tokens": 24, "max_steps": 40, "save_every": 5}
     recipe = cell("sft-lora", **changed)
 
     def meanwhile(rank: int) -> None:
@@ -296,13 +307,20 @@ def test_killed_elsewhere_than_in_a_step(where, cell, expected):
 # --- promise 11
 
 
-@pytest.mark.parametrize(("number", "to"), [(signal.SIGTERM, (0, 1)), (signal.SIGINT, (1,)), (signal.SIGTERM, (0,))])
+@pytest.mark.parametrize(
+    ("number", "to"),
+    [
+        (signal.SIGINT, (1,)),
+        pytest.param(signal.SIGTERM, (0, 1), marks=pytest.mark.slow),
+        pytest.param(signal.SIGTERM, (0,), marks=pytest.mark.slow),
+    ],
+)
 def test_a_request_to_stop_is_everybodys(number, to, cell, expected):
     """Sent to both or to one: the first one saves, all end, one tells."""
-    changed = {"micro_batch_tokens": 24, "max_steps": 60, "save_every": 3}
+    changed = {"micro_batch_tokens": 24, "max_steps": 40, "save_every": 5}
     recipe = cell("sft-lora", **changed)
     running = Several(recipe)
-    running.ranks[0].wait_for("step 1/60")
+    running.ranks[0].wait_for("step 1/40")
     time.sleep(0.1)
     asked = time.monotonic()
     for rank in to:
@@ -310,12 +328,12 @@ def test_a_request_to_stop_is_everybodys(number, to, cell, expected):
     ended = running.wait()
     assert [end.code for end in ended] == [75, 75], [end.said for end in ended]
     assert time.monotonic() - asked < 8
-    found = re.findall(r"error: interrupted at step (\d+) of 60 of x, which is saved\n", "".join(e.said for e in ended))
+    found = re.findall(r"error: interrupted at step (\d+) of 40 of x, which is saved\n", "".join(e.said for e in ended))
     assert len(found) == 1, [end.said for end in ended]
     assert "Traceback" not in ended[0].said + ended[1].said
     assert left_over(recipe.parent / "out") == []
     again = done(Several(recipe).wait())
-    assert f"goes on after step {found[0]} of 60" in again[0].said
+    assert f"goes on after step {found[0]} of 40" in again[0].said
     assert events(recipe)["steps_repeated"] == 0
     assert result(recipe) == expected("sft-lora", cell, **changed)
 
@@ -341,8 +359,16 @@ def test_a_users_error_is_told_once(cell):
     assert "".join(end.said for end in ended).count("error: ") == 1
 
 
-@pytest.mark.parametrize("rank", [0, 1])
-@pytest.mark.parametrize("what", ["user", "bug", "everywhere"])
+@pytest.mark.parametrize(
+    ("rank", "what"),
+    [
+        (1, "user"),
+        (0, "bug"),
+        (0, "everywhere"),
+        pytest.param(0, "user", marks=pytest.mark.slow),
+        pytest.param(1, "bug", marks=pytest.mark.slow),
+    ],
+)
 def test_an_error_of_one_ends_all(rank, what, cell):
     """Its own exit code for all, told once, within seconds, and no lock is left."""
     recipe = cell("sft-lora", micro_batch_tokens=24)
@@ -392,6 +418,16 @@ def test_other_data_or_another_plan_is_noticed(cell):
     assert said.count("error: process 1 reads other data than process 0") == 1
 
 
+def test_another_recipe_is_noticed(cell):
+    def otherwise(rank: int) -> None:
+        if rank:
+            sys.argv += ["--set", "stages.x.learning_rate=0.5"]
+
+    ended = Several(cell("sft-lora"), meanwhile=otherwise).wait()
+    assert [end.code for end in ended] == [2, 2], [end.said for end in ended]
+    assert "error: process 1 was given another recipe or other options than process 0\n" in ended[1].said
+
+
 def test_what_knows_nothing_of_several_is_refused(cell):
     ended = Several(cell("sft-lora"), "--profile").wait()
     assert [end.code for end in ended] == [2, 2]
@@ -416,8 +452,20 @@ def torchrun(recipe: Path, count: int = 2) -> subprocess.Popen:
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=said, text=True, cwd=recipe.parent)
 
 
+def trains(recipe: Path) -> list[int]:
+    """The processes, when they have begun to train."""
+    end, said = time.monotonic() + 90, ""
+    while "step 1/4" not in said:
+        assert time.monotonic() < end, said
+        said = (recipe.parent / "said.txt").read_text()
+        time.sleep(0.05)
+    found = re.search(r"2 processes: pid (\d+), (\d+) on", said)
+    assert found, said
+    return [int(pid) for pid in found.groups()]
+
+
 def test_torchrun_carries_out_a_recipe(base, tmp_path):
-    """From nothing through all three steps; the second time there is nothing to do."""
+    """From nothing through all three steps; the second time, without torchrun, there is nothing to do."""
     for file in base.glob("*.jsonl"):
         (tmp_path / file.name).write_bytes(file.read_bytes())
     model = {"architecture": "llama", "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -426,31 +474,28 @@ def test_torchrun_carries_out_a_recipe(base, tmp_path):
     recipe = tmp_path / "recipe.yaml"
     stages = [{**stage, **shared} for stage in WALK]
     recipe.write_text(yaml.safe_dump({"name": "walk", "model": model, "prompts": [], "stages": stages}))
-    for again in (False, True):
-        running = torchrun(recipe)
-        out, _ = running.communicate(timeout=120)
-        said = (tmp_path / "said.txt").read_text()
-        assert running.returncode == 0, said
-        assert said.count("done before") == (len(WALK) if again else 0)
-        assert said.count("2 processes: pid ") == 1
-        assert "Warning" not in said
-        assert "frame #" not in said
-        assert out.count("summary.json") == 1
+    running = torchrun(recipe)
+    out, _ = running.communicate(timeout=120)
+    said = (tmp_path / "said.txt").read_text()
+    assert running.returncode == 0, said
+    assert said.count("2 processes: pid ") == 1
+    assert "Warning" not in said
+    assert "frame #" not in said
+    assert out.count("summary.json") == 1
+    again = done(Several(recipe).wait())
+    assert again[0].said.count("done before") == len(WALK)
+    assert again[1].said == ""
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert [stage["name"] for stage in summary["stages"]] == [stage["name"] for stage in WALK]
 
 
-@pytest.mark.parametrize("rank", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
 def test_torchrun_with_a_process_that_dies(rank, cell):
     """Its agent ends the other one at once: the message is told all the same."""
     recipe = cell("sft-lora", micro_batch_tokens=24, max_steps=400)
     running = torchrun(recipe)
-    end = time.monotonic() + 60
-    said = ""
-    while "step 1/400" not in said and time.monotonic() < end:
-        said = (recipe.parent / "said.txt").read_text()
-        time.sleep(0.05)
-    pids = [int(pid) for pid in re.search(r"2 processes: pid (\d+), (\d+) on", said).groups()]
+    pids = trains(recipe)
     os.kill(pids[rank], signal.SIGKILL)
     running.communicate(timeout=60)
     said = (recipe.parent / "said.txt").read_text()
@@ -462,16 +507,26 @@ def test_torchrun_with_a_process_that_dies(rank, cell):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_torchrun_is_asked_to_stop(number, cell):
+    """It passes that on to both: saved, told once, nobody left."""
+    recipe = cell("sft-lora", micro_batch_tokens=24, max_steps=400)
+    running = torchrun(recipe)
+    pids = trains(recipe)
+    running.send_signal(number)
+    running.communicate(timeout=60)
+    said = (recipe.parent / "said.txt").read_text()
+    assert len(re.findall(r"error: interrupted at step \d+ of 400 of x, which is saved\n", said)) == 1, said
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert left_over(recipe.parent / "out") == []
+
+
+@pytest.mark.slow
 def test_torchrun_itself_dies(cell):
     """Its processes would be orphans, and the store is gone with it."""
     recipe = cell("sft-lora", micro_batch_tokens=24, max_steps=4000)
     running = torchrun(recipe)
-    end = time.monotonic() + 60
-    said = ""
-    while "step 1/4000" not in said and time.monotonic() < end:
-        said = (recipe.parent / "said.txt").read_text()
-        time.sleep(0.05)
-    pids = [int(pid) for pid in re.search(r"2 processes: pid (\d+), (\d+) on", said).groups()]
+    pids = trains(recipe)
     running.kill()
     running.communicate(timeout=60)
     end = time.monotonic() + 30

@@ -98,8 +98,8 @@ class Processes:
         """Names of weights and buffers that are not the same everywhere. Raises ModelError where shapes are others."""
         return []
 
-    def agree(self, what: str, told: str) -> None:
-        """Raises DataError where ``told`` is not the same everywhere."""
+    def agree(self, what: str, told: Callable[[], str]) -> None:
+        """Raises DataError where it is not told the same everywhere."""
 
     def connect(self) -> None:
         """Find the others, and watch them from now on. Raises RecipeError, or Interrupted where one does not come."""
@@ -171,7 +171,7 @@ class Several(Processes):
     def __init__(self) -> None:
         self.local = 0  # among those on its machine
         self.asked = False
-        self.plan = ""  # of the step under way
+        self.plan = 0  # of the step under way, in short
         self.watch: Watch | None = None
         self._store: Any = None  # kept, for the first process may be the one that holds it for all
         self._cards: Any = None  # the group that sums on cards, once it is needed
@@ -205,9 +205,9 @@ class Several(Processes):
     # --- a step
 
     def share(self, forests: Sequence[Forest]) -> Sequence[Forest]:
-        rows = "\n".join(e.origin for f in forests for e in f.examples)
         sizes = [len(f.tokens) for f in forests]
-        self.plan = f"{zlib.crc32(rows.encode()):x} {sizes}"
+        rows = "\n".join(e.origin for f in forests for e in f.examples)
+        self.plan = zlib.crc32(f"{sizes}{rows}".encode(), self.plan)
         return [forests[n] for n in dealt(sizes, self.count)[self.rank]]
 
     def gradients(self, parameters: Sequence[nn.Parameter]) -> None:
@@ -232,7 +232,7 @@ class Several(Processes):
         mine = {n: [float(value), sums.weights[n]] for n, value in sums.sums.items()}
         found = self.gathered({"plan": self.plan, "sums": mine, "asked": interrupt.heard.is_set()})
         assert all(f["plan"] == self.plan for f in found), "the processes have not planned the same step"
-        self.asked = any(f["asked"] for f in found)
+        self.plan, self.asked = 0, any(f["asked"] for f in found)
         whole = Sums()
         for each in found:
             for name, (value, weight) in each["sums"].items():
@@ -308,8 +308,8 @@ class Several(Processes):
                 raise ModelError(what, "give all of them the same files and the same version of trivium")
         return [n for n in found[0] if any(other[n] != found[0][n] for other in found)]
 
-    def agree(self, what: str, told: str) -> None:
-        found = self.gathered(told)
+    def agree(self, what: str, told: Callable[[], str]) -> None:
+        found = self.gathered(told())
         for rank, other in enumerate(found):
             if other != found[0]:
                 raise DataError(
@@ -442,5 +442,6 @@ def _fingerprints(tensors: Mapping[str, Tensor]) -> dict[str, str]:
     found = {}
     for name, tensor in tensors.items():
         bits = tensor.detach().contiguous().reshape(-1).view(kinds[tensor.element_size()])
-        found[name] = f"{int(bits.sum(dtype=torch.int64)) % 2**32:08x} {tensor.dtype} {tuple(tensor.shape)}"
+        total = sum(int(part.sum(dtype=torch.int64)) for part in bits.split(BUCKET))
+        found[name] = f"{total % 2**32:08x} {tensor.dtype} {tuple(tensor.shape)}"
     return found
