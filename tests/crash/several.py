@@ -21,8 +21,9 @@ class Several:
     """``trivium run`` in ``count`` forks that know of each other as torchrun would tell them, without torchrun."""
 
     def __init__(
-        self, recipe: Path, *more: object, count: int = 2, meanwhile: Callable[[int], None] = lambda rank: None
-    ) -> None:
+        self, recipe: Path, *more: object, count: int = 2, meanwhile: Callable[[int], None] = lambda rank: None,
+        only: int | None = None,
+    ) -> None:  # fmt: skip
         port = free_port()
 
         def told(rank: int) -> None:
@@ -32,7 +33,7 @@ class Several:
 
         self.ranks = [
             Process(recipe, *more, meanwhile=lambda rank=rank: told(rank), log=recipe.parent / f"said{rank}.txt")
-            for rank in range(count)
+            for rank in (range(count) if only is None else [only])
         ]
 
     def send(self, number: int) -> None:

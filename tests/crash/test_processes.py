@@ -75,6 +75,30 @@ def test_two_processes_train_as_one(name, steps, cell):
     assert apart < 1e-5
 
 
+@pytest.mark.slow
+def test_three_processes_and_another_number_of_them(cell):
+    """More processes than some steps have work for; and a run that goes on with fewer, or more, which is said."""
+    changed = {**SMALL, "batch_size": 2, "max_steps": 30, "save_every": 5, "method": LORA}
+    one, three, mixed = (cell("sft-lora", **changed) for _ in range(3))
+    assert Process(one).wait().code == 0
+    done(Several(three, count=3).wait())
+    for count, before in ((3, 0), (1, 3), (2, 1)):
+        running = Several(mixed, count=count) if count > 1 else Process(mixed)
+        first = running.ranks[0] if isinstance(running, Several) else running
+        first.wait_for("goes on after" if before else "step 1/30")
+        if count != 2:
+            while not saved(mixed):
+                time.sleep(0.002)
+            running.send(signal.SIGTERM)
+        ended = running.wait() if isinstance(running, Several) else [running.wait()]
+        assert all(end.code == (0 if count == 2 else 75) for end in ended), [end.said for end in ended]
+        if before:
+            assert f"not to the last bit what an unbroken run gives: processes {before} → {count}" in ended[0].said
+    rows = [[row for row in result(recipe)["rows"] if "loss" in row] for recipe in (one, three, mixed)]
+    for step in zip(*rows, strict=True):
+        assert max(row["loss"] for row in step) / min(row["loss"] for row in step) - 1 < 1e-6
+
+
 # --- promise 9
 
 
@@ -87,7 +111,7 @@ def telling(recipe: Path):
 
     def meanwhile(rank: int) -> None:
         from trivium.train.log import TrainingLog
-        from trivium.train.processes import Several as Joined
+        from trivium.train.several import Several as Joined
 
         share, step = Joined.share, TrainingLog.step
         computed: list[str] = []
@@ -347,6 +371,16 @@ def test_a_request_to_stop_before_the_first_step(cell):
     assert [end.code for end in ended] == [75, 75], [end.said for end in ended]
     assert "".join(end.said for end in ended).count("run the same command again to go on\n") == 1
     assert left_over(recipe.parent / "out") == []
+
+
+def test_a_request_to_stop_while_nobody_has_come(cell):
+    recipe = cell("sft-lora")
+    running = Several(recipe, only=0)
+    time.sleep(0.5)
+    running.send(signal.SIGTERM)
+    (ended,) = running.wait(20)
+    assert ended.code == 75, ended.said
+    assert ended.said.endswith("run the same command again to go on\n")
 
 
 # --- errors

@@ -17,9 +17,10 @@ from torch.distributed import HashStore
 from trivium import interrupt
 from trivium.errors import DataError, Interrupted, ModelError, NonFiniteError, RecipeError
 from trivium.objectives.base import Result, Sums
-from trivium.train import heartbeat, processes
+from trivium.train import heartbeat, several
 from trivium.train.heartbeat import BUSY, SILENT, Seen, Watch
-from trivium.train.processes import ALONE, Several, asked_for, current, dealt
+from trivium.train.processes import ALONE, asked_for, current, dealt
+from trivium.train.several import Several
 
 
 @given(st.lists(st.integers(0, 5000)), st.integers(1, 9))
@@ -94,7 +95,7 @@ class Pair(Several):
 
 @pytest.mark.parametrize("bucket", [1, 5, 2**24])
 def test_gradients_are_summed_and_none_stays_none(bucket, monkeypatch):
-    monkeypatch.setattr(processes, "BUCKET", bucket)
+    monkeypatch.setattr(several, "BUCKET", bucket)
     shapes = [(2, 3), (4,), (1,), (2, 2)]
     mine, theirs = ([nn.Parameter(torch.zeros(s)) for s in shapes] for _ in range(2))
     for there, parameters, value in (((0, 1), mine, 1.0), ((1, 2), theirs, 10.0)):
@@ -125,7 +126,7 @@ def test_statistics_are_summed_each_by_its_own_weight():
 
 def test_a_model_is_the_same_to_the_last_bit():
     model = nn.Linear(40, 30)
-    prints = processes._fingerprints(processes._tensors(model))
+    prints = several._fingerprints(several._tensors(model))
     assert Pair(lambda mine: prints).differing(model) == []
     with torch.no_grad():
         model.weight[3, 4] = torch.nextafter(model.weight[3, 4], torch.tensor(9.0))
@@ -183,7 +184,7 @@ def watch(monkeypatch):
     here = {"host": "h", "machine": heartbeat._machine()}
     for pid in (os.getpid(), os.getppid()):
         found.seen.append(Seen(pid=pid, started=heartbeat._life(pid)[1], **here))
-    found.said = said
+    found.said, found.met = said, True
     return found
 
 

@@ -86,6 +86,7 @@ class Watch:
         self.stores = [PrefixStore(f"trivium/{attempt}", store.clone()) for _ in range(2)]  # one waits for no other
         self.rank, self.count, self.hosted = rank, count, hosted
         self.seen: list[Seen] = []
+        self.met = False  # whether all were there, and are watched
         self.verdict: int | None = None
         self.ending = False  # this process ends by itself
         self.end: int | None = None
@@ -106,11 +107,15 @@ class Watch:
         store.set(f"who/{self.rank}", json.dumps(mine))
         end = time.monotonic() + JOIN
         for rank in range(self.count):
-            while not store.check([f"who/{rank}"]):  # in Python: a signal is heard
-                if time.monotonic() > end:
-                    raise Interrupted(f"process {rank} did not come within {JOIN:.0f} s", AGAIN)
-                time.sleep(0.02)
-            self.seen.append(Seen(**json.loads(store.get(f"who/{rank}"))))
+            try:
+                while not store.check([f"who/{rank}"]):  # in Python: a signal is heard
+                    if time.monotonic() > end:
+                        raise Interrupted(f"process {rank} did not come within {JOIN:.0f} s", AGAIN)
+                    time.sleep(0.02)
+                self.seen.append(Seen(**json.loads(store.get(f"who/{rank}"))))
+            except RuntimeError:  # the store is gone
+                raise Interrupted("a process ended before all had come", AGAIN) from None
+        self.met = True
         for target in (self._beat, self._watch):
             threading.Thread(target=target, name="heartbeat", daemon=True).start()
 
@@ -201,7 +206,7 @@ class Watch:
 
     def _ended_for_good(self, seen: Seen, what: str) -> str:
         """A frozen process must not wake up beside the run that goes on."""
-        if not seen.here:
+        if not seen.here or seen.gone:  # its number may be another's by now
             return what
         with contextlib.suppress(OSError):
             os.kill(seen.pid, signal.SIGKILL)
@@ -241,7 +246,7 @@ class Watch:
 
     def settle(self, patient: bool = False) -> None:
         """Wait until it is clear whether another process has ended: a moment, or as long as a silent one may take."""
-        end = time.monotonic() + (SILENT + 5 if patient else 2.5)
+        end = time.monotonic() + (SILENT + 5 if patient else 4.0)
         while self.verdict is None and time.monotonic() < end:
             time.sleep(0.05)
 
@@ -276,6 +281,8 @@ class Watch:
     def leave(self, code: int) -> None:
         """Say how this process ends. One that holds the store stays a moment, for the others to hear it."""
         self.ending, self.end = True, code
+        if not self.met:
+            return
         before = self.round
         self._now.set()
         end = time.monotonic() + GRACE
