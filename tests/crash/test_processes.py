@@ -71,7 +71,7 @@ def test_two_processes_train_as_one(name, steps, cell):
     apart = max(float((weights[0][n] - weights[1][n]).abs().max()) for n in weights[0])
     print(f"{name}: weights {apart:.1e}", *(f"{k} {v:.1e}" for k, v in worst.items()))
     assert worst["loss"] < 1e-6
-    assert worst["grad_norm"] < (5e-6 if "full" in which or "reward" in which else 2e-6)
+    assert worst["grad_norm"] < 1e-6
     assert apart < 1e-5
 
 
@@ -103,7 +103,8 @@ def test_three_processes_and_another_number_of_them(cell):
 
 
 def saved(recipe: Path) -> bool:
-    return any((recipe.parent / "out").glob("x.training/*/step-*/manifest.json"))
+    found = (recipe.parent / "out").glob("x.training/*/step-*/manifest.json")
+    return any(not path.parent.name.endswith(".partial") for path in found)
 
 
 def telling(recipe: Path):

@@ -28,6 +28,7 @@ from trivium.errors import Interrupted, RecipeError
 
 BEAT = 1.0  # seconds between two beats
 SILENT = 20.0  # seconds without one, after which a process is taken for dead
+LOOKS = 3  # at a process that the system does not know, two a second, before it is dead
 BUSY = 300.0  # the same, where the system says that it runs: a library may hold up its threads
 GRACE = 3.0  # seconds that the main thread has to end by itself
 JOIN = 300.0  # seconds in which all have to be there: their imports may come over a slow network
@@ -193,10 +194,9 @@ class Watch:
         if state is not None:
             known = state[0] not in ("", "Z", "X") and (seen.started is None or state[1] == seen.started)
             seen.gone = 0 if known else seen.gone + 1
-            # its last beat may still be on its way: two looks, and a store that answers or is gone itself
-            if seen.gone >= 3:
-                return "has died"
-        running = state is not None and state[0] in ("R", "S", "D") and not seen.gone
+            if seen.gone:  # its last word may still be under way
+                return "has died" if seen.gone >= LOOKS else None
+        running = state is not None and state[0] in ("R", "S", "D")
         limit = BUSY if running else SILENT
         if seen.quiet > limit and (self.store_quiet <= SILENT or running):
             return self._ended_for_good(seen, f"has been silent for {seen.quiet:.0f} s")
@@ -206,7 +206,7 @@ class Watch:
 
     def _ended_for_good(self, seen: Seen, what: str) -> str:
         """A frozen process must not wake up beside the run that goes on."""
-        if not seen.here or seen.gone:  # its number may be another's by now
+        if not seen.here:
             return what
         with contextlib.suppress(OSError):
             os.kill(seen.pid, signal.SIGKILL)
