@@ -51,10 +51,7 @@ PROMISES = {
 }
 
 # Promises whose tests are still to come; a line goes when they do (`test_reliability.py` insists).
-AWAITED = {
-    13: "training in several processes",
-    18: "hostile folders",
-}
+AWAITED = {}
 
 
 @dataclass

@@ -12,7 +12,15 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.checks import check_data, check_extras, check_fit, check_judge, check_sizes, check_texts
+from trivium.checks import (
+    check_data,
+    check_extras,
+    check_fit,
+    check_judge,
+    check_several,
+    check_sizes,
+    check_texts,
+)
 from trivium.errors import CheckpointError, ModelError, RecipeError, nearest
 from trivium.files import MANIFEST, clear_errors, damage, make_folder, recover, sha256_json, whole_folder, write_json
 from trivium.lock import LOCK, only_run
@@ -34,6 +42,7 @@ from trivium.start import (
 )
 from trivium.summary import SHOWN, SUMMARY, stage_identity, stage_record, summary_of
 from trivium.terminal import clock, say, shown, size
+from trivium.train.processes import Processes, current
 from trivium.train.track import check_tracker, open_tracker
 from trivium.under_way import TRAINING, UnderWay, under_way
 
@@ -55,6 +64,9 @@ def run_recipe(
     (`stage_profile`). Raises BusyError where another run is at work in ``out``.
     """
     ordered, notes = checked(recipe, until)
+    if not (others := current()).first:
+        return _help(recipe, ordered, out, others)
+    check_several(others, profile)
     out = make_folder(out).resolve()  # adapters name their base: PEFT looks for it from wherever it is started
     if fresh:
         with only_run(out):
@@ -64,7 +76,9 @@ def run_recipe(
     with only_run(out) as left:
         if left:
             say(f"note: {left}")
-        return _in_order(recipe, ordered, notes, out, judge, accept_changed_data, profile)
+        summary = _in_order(recipe, ordered, notes, out, judge, accept_changed_data, profile)
+    others.led(dict)  # they have waited for all to be written
+    return summary
 
 
 def _in_order(
@@ -114,6 +128,38 @@ def checked(recipe: Recipe, until: str | None) -> tuple[list[Stage], dict[str, l
     return [settings[stage.name] for stage in stages], notes
 
 
+def _help(recipe: Recipe, stages: list[Stage], out: Path, others: Processes) -> dict[str, Any]:
+    """Train with the first of several processes what that one says, stage by stage; nothing is written here."""
+    for stage in stages:
+        told = others.led(dict)
+        if told is None:
+            continue  # done before
+        _check_same(told, stage, others)
+        from trivium.stage_runner import run_stage
+
+        run, _ = open_stage(recipe, stage, Link(told["source"], told["identity"], []), out.resolve(), out)
+        run.folder = run.adapter_base = None
+        run.under_way = UnderWay(Path(told["folder"]), told["about"], told["date"])
+        run_stage(_dated(run))
+    _check_same(others.led(dict), None, others)
+    return {}
+
+
+def _check_same(told: dict[str, Any], stage: Stage | None, others: Processes) -> None:
+    """The first process is at the same stage; raises RecipeError where it was given another recipe."""
+    mine = sha256_json([stage.name, identity_settings(stage)]) if stage is not None else None
+    if told.get("stage") != mine:
+        what = f"process {others.rank} was given another recipe or other options than process 0"
+        raise RecipeError(what, "give all of them the same ones")
+
+
+def _dated(run: Any) -> Any:
+    """With the date that the chat template was told when the training began."""
+    if run.under_way.date is not None and run.stage.date is None:
+        run.stage = run.stage.model_copy(update={"date": datetime.date.fromisoformat(run.under_way.date)})
+    return run
+
+
 def _up_to(recipe: Recipe, until: str | None) -> list[Stage]:
     """The stages to run, in order."""
     names = [s.name for s in recipe.stages]
@@ -154,6 +200,7 @@ def _stage(
         check_whole(final, quick=True)
         say(f"  done before ({identity[:12]}), not run again" + (", so there is nothing to profile" if profile else ""))
         UnderWay.of(out, stage.name, about).done(stage, found)
+        current().led(lambda: None)
         return found
     if final.exists() and found is None:
         raise ModelError(f"{final}: in the way, and not a folder of trivium", "move it away, or choose another --out")
@@ -161,6 +208,9 @@ def _stage(
     if stage.from_:
         check_whole(Path(parent.source))
     started = time.perf_counter()
+    told = {"source": parent.source, "identity": parent.identity, "folder": str(going.folder), "about": about,
+            "date": going.date, "stage": sha256_json([stage.name, identity_settings(stage)])}  # fmt: skip
+    current().led(lambda: told)
     with whole_folder(final) as partial:
         run, base = open_stage(recipe, stage, parent, out, partial)
         check_fit(run.model, recipe, stages)
@@ -169,10 +219,8 @@ def _stage(
 
         run.judge, run.under_way = judge, going
         run.profile = out / f"profile-{stage.name}.json" if profile else None
-        if going.date is not None and stage.date is None:
-            run.stage = stage.model_copy(update={"date": datetime.date.fromisoformat(going.date)})
         run.tracker = lambda: open_tracker(recipe.track, recipe.name, stage.name, out, stage.model_dump(by_alias=True))
-        report = run_stage(run)
+        report = run_stage(_dated(run))
         report["setup_seconds"] += opening
         data = {"paths": stage.paths, **data}
         record = stage_record(stage, parent, final, identity, base(), data, report)
@@ -262,7 +310,7 @@ def open_stage(recipe: Recipe, stage: Stage, parent: Link, out: Path, partial: P
             return None
         return place(written["source"], identity_of(written["source"]), out / stage.name)
 
-    return StageRun(stage, opened, partial, adapter_base, weights=parent.identity), base
+    return StageRun(stage, opened, partial, adapter_base, weights=parent.identity, others=current()), base
 
 
 def _needs_writing(place: str, recipe: Recipe, parent: Link) -> bool:

@@ -9,6 +9,7 @@ from typing import Any
 from trivium.errors import DataError, ModelError, RecipeError, UserError
 from trivium.recipe import Recipe, Stage
 from trivium.stages import STAGES
+from trivium.train.processes import Processes
 
 
 def check_data(stage: Stage) -> None:
@@ -134,3 +135,10 @@ def _check_merges(model: Any, stages: list[Stage], plans: dict[str, Any]) -> Non
             if (found := delta.obstacle(model.hf.get_submodule(name))) is not None:
                 what = f"stages.{stage.name}.method: {before.name}'s adapter would have to be merged first"
                 raise RecipeError(f"{what}: {found.what}", f"keep the method of {before.name}, or start elsewhere")
+
+
+def check_several(others: Processes, profile: bool) -> None:
+    """What is asked for can be done by several processes; raises RecipeError."""
+    if others.count > 1 and profile:
+        what = f"--profile tells of one process, and there are {others.count}"
+        raise RecipeError(what, "start it without torchrun for a profile")

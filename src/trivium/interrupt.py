@@ -37,6 +37,8 @@ class Stop:
             raise Stopped
 
 
+heard = threading.Event()  # somebody has asked, since `stop_at_once`
+plain = True  # whether what follows is said at once; of several processes one says it in the end
 _asked: list[float] = []  # when a signal raised Stopped, since `stop_at_once`
 
 
@@ -44,8 +46,10 @@ def stop_at_once() -> None:
     """From now on a signal raises Stopped. Those that follow soon cannot disturb what is then put in order; a later
     one raises it again, for the first may have been lost in a place that lets no exception through."""
     _asked.clear()
+    heard.clear()
 
     def stop(number: int, frame: Any) -> None:
+        heard.set()
         now = time.monotonic()
         if not _asked or now - _asked[-1] > PATIENCE:
             _asked.append(now)
@@ -71,7 +75,8 @@ def deferred() -> Iterator[Stop]:
     stop.requested = bool(_asked)
 
     def ask(number: int, frame: Any) -> None:
-        if not stop.requested:
+        heard.set()
+        if not stop.requested and plain:
             with contextlib.suppress(OSError):  # not `say`: this may be in the middle of one; a terminal may be closed
                 os.write(2, b"\n  stopping after this step; what was trained is saved\n")
         stop.requested = True

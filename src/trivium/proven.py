@@ -9,7 +9,7 @@ Where a run is made again, or goes on, nothing of it can come out otherwise: the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from functools import cache
 from pathlib import Path
@@ -40,13 +40,18 @@ def proven(model: LanguageModel, rows: list[Example], weights: Sequence[Any] | N
     if (folder / MANIFEST).exists() and damage(folder, about) is None:
         read_today(folder)
         told = read_json(folder / FILE)
-        return Proof(**{**told, "refused": tuple(told["refused"])}), True
+        return proof_of(told), True
     proof = prove(model, rows)
     if not folder.exists():
         with whole_folder(folder, about) as partial:
             write_json(partial / FILE, asdict(proof))
     let_go(folder.parent)
     return proof, False
+
+
+def proof_of(told: Mapping[str, Any]) -> Proof:
+    """A proof that was written down."""
+    return Proof(**{**told, "refused": tuple(told["refused"])})
 
 
 def _rows(rows: list[Example]) -> str:

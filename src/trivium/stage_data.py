@@ -19,6 +19,7 @@ from trivium.recipe import Stage
 from trivium.sources import held_out_from, held_out_share, trained_on
 from trivium.stages import STAGES, rows_of
 from trivium.terminal import say
+from trivium.train.passes import Passes
 
 LEAST_BALANCE, MOST_BALANCE = 0.75, 1.5  # of good answers against bad ones, in KTO; a little outside says nothing
 BLOCK = 1024  # rows that are read and packed at a time
@@ -117,6 +118,12 @@ def packed(examples: Sequence[Example], tokens: int, device: object) -> Iterator
         sizes = some.sizes if isinstance(some, Examples) else [e.tokens for e in some]
         rows = list(some)
         yield from (lay_out([rows[i] for i in g]).to(str(device)) for g in pack_shared(rows, sizes, tokens))
+
+
+def fitted(forests: Sequence[Forest], passes: Passes, device: object) -> Iterator[Forest]:
+    """These forests; where memory has run out, smaller ones of the same examples."""
+    for forest in forests:
+        yield from packed(forest.examples, passes.tokens, device) if passes.halvings else (forest,)
 
 
 def beside(goal: Objective, examples: Sequence[Example], tokens: int, device: object) -> Iterator[Forest]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -18,9 +18,10 @@ from trivium.files import sha256_json
 from trivium.forest import Forest
 from trivium.model.language_model import LanguageModel
 from trivium.model.quantized import quantized
+from trivium.objectives.base import LogProb
 from trivium.peft import base as deltas
 from trivium.peft.kinds import FullSettings
-from trivium.stage_data import beside, packed
+from trivium.stage_data import beside, fitted, packed
 from trivium.stage_work import StageRun, Work
 from trivium.terminal import say, size
 from trivium.train.dropout import dropout_off
@@ -42,9 +43,9 @@ def reference_of(run: StageRun, work: Work) -> NoReference:
         return UnderParent(model.logprob, lambda: as_parent(model, work.parent))
     why = "as its weights are about to change" if full else "as every row is seen again" if again else "as asked"
     say(f"  the parent's log-probabilities are computed once, {why}")
+    tokens = int(stage.micro_batch_tokens or 1)
 
     def forests() -> Iterator[Forest]:
-        tokens = work.passes.tokens
         yield from packed(work.used, tokens, model.device)
         yield from packed(work.held_out, tokens, model.device)
         steps = range(len(work.order) if work.goal.first else 0)
@@ -53,10 +54,22 @@ def reference_of(run: StageRun, work: Work) -> NoReference:
             yield from beside(work.goal, examples, tokens, model.device)
 
     def parents(forest: Forest) -> Tensor:
-        with as_parent(model, work.parent) if not full else contextlib.nullcontext():
-            return model.logprob(forest)
+        def attempt() -> Tensor:
+            return _in_order(forest, fitted([forest], work.passes, model.device), model.logprob)
 
-    return surviving(lambda: _remembered(run, work, parents, forests), lambda reason: work.passes.no_room(0, reason))
+        with as_parent(model, work.parent) if not full else contextlib.nullcontext():
+            return surviving(attempt, lambda reason: work.passes.no_room(0, reason))
+
+    return _remembered(run, work, parents, forests)
+
+
+def _in_order(forest: Forest, parts: Iterable[Forest], logprob: LogProb) -> Tensor:
+    """Log-probabilities of a forest's entries ``[K]``, on the CPU, computed in parts that have its examples."""
+    found: dict[Hashable, Tensor] = {}
+    for part in parts:
+        pieces = logprob(part).cpu().split([e.trained_tokens for e in part.examples])
+        found.update(zip((e.identity for e in part.examples), pieces, strict=True))
+    return torch.cat([found[e.identity] for e in forest.examples])
 
 
 def _remembered(
@@ -67,9 +80,10 @@ def _remembered(
         return Remembered(parents, forests())
     about = {"of": _what_is_kept(run, work)}
     folder = cache_folder("reference") / about["of"][:32]
-    found, there = Remembered.kept_in(folder, about, parents, forests)
-    read_today(folder)
-    let_go(folder.parent)
+    found, there = Remembered.kept_in(folder, about, parents, forests, run.others)
+    if run.others.first:
+        read_today(folder)
+        let_go(folder.parent)
     if there:
         say("  they were computed before, for the same rows and the same parent")
     return found
@@ -81,7 +95,7 @@ def _what_is_kept(run: StageRun, work: Work) -> str:
     model, examples = run.model, (work.used, work.held_out)
     rows = [(e.store.key, hashlib.sha256(e.numbers.astype("<i8").tobytes()).hexdigest()) for e in examples]
     steps = [work.order.chosen(n) for n in range(len(work.order))] if work.goal.first else []
-    how = [str(model.dtype), str(model.device), quantized(model.hf), work.proof.layout, work.passes.tokens]
+    how = [str(model.dtype), str(model.device), quantized(model.hf), work.proof.layout, run.stage.micro_batch_tokens]
     return sha256_json([run.under_way.about["parent"], rows, steps, how, versions()])
 
 

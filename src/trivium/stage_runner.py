@@ -24,12 +24,13 @@ from trivium.peft import base as deltas
 from trivium.peft.kinds import FullSettings, Settings, virtual_tokens
 from trivium.peft.settings import method_name, settings_of
 from trivium.peft.targets import decoder_layers
-from trivium.proven import proven
+from trivium.recipe import Stage
 from trivium.stage_data import run_order, stage_examples
 from trivium.stage_memory import arranged, check_fits
 from trivium.stage_proof import probe, prove_start
 from trivium.stage_reference import elsewhere, reference_of
 from trivium.stage_saving import LOG
+from trivium.stage_together import plan_of, proven_by_first
 from trivium.stage_training import Training
 from trivium.stage_work import StageRun, Work
 from trivium.terminal import say
@@ -50,10 +51,13 @@ def run_stage(run: StageRun) -> dict[str, Any]:
         with costs.clock("reference_seconds"):
             reference = reference_of(run, work)
         with costs.clock("setup_seconds"):
-            prove_start(work.goal, model, reference, work.used, elsewhere(run, work))
+            if run.others.first:
+                prove_start(work.goal, model, reference, work.used, elsewhere(run, work))
         training = Training(run, work, reference, peak)
         stack.callback(training.close)
         before = training.carry_out()
+        if not run.others.first:
+            return {}  # what follows is read from the folder that the first one writes
         with costs.clock("save_seconds"):
             training.choose_result()
             round_to(model.hf, model.saved_dtype)
@@ -75,17 +79,21 @@ def prepared(run: StageRun) -> Work:
     """Data, method and objective, and the proof that the packed rows are computed right."""
     stage, model = run.stage, run.model
     template = chat_template(model.tokenizer, stage.date)
-    data, held_out = stage_examples(stage, model, template, run.data, _context(run))
+    with run.others.first_alone():
+        data, held_out = stage_examples(stage, model, template, run.data, _context(run))
     base = run.adapter_base() if run.adapter_base and not stage.full else None
     settings, parent = _attach(run)
+    run.others.alike(model.hf)
     order = run_order(stage, data)
     used = data.examples.at(order.used())
     weights = [run.weights, asdict(settings), stage.seed] if run.weights else None
-    proof, before = proven(model, probe(used), weights)
+    proof, before = proven_by_first(run.others, model, probe(used), weights)
     say(f"  {proof.line()}" + ("; proved before" if before else ""))
     with model.laid_out(proof.layout):
-        run.stage, cost = arranged(stage, model, used, order.step_tokens())
+        fitting, cost = arranged(stage, model, used, order.step_tokens())
+    run.stage = stage.model_copy(update=run.others.led(lambda: _passes(fitting)))
     order = run_order(run.stage, data)
+    run.others.agree("data", lambda: plan_of(order, used))
     goal = objective(stage.model_dump())
     if data.ledger.counts.get("with_margin") and not goal.margins:
         say(f"  note: {goal.name} knows no margins: those of the rows change nothing")
@@ -94,6 +102,11 @@ def prepared(run: StageRun) -> Work:
 
 
 # --- before the loop
+
+
+def _passes(stage: Stage) -> dict[str, Any]:
+    """What may have been fitted to the memory there is."""
+    return {"micro_batch_tokens": stage.micro_batch_tokens, "recompute": stage.recompute}
 
 
 def _context(run: StageRun) -> int:
@@ -153,6 +166,7 @@ def _report(run: StageRun, work: Work, measured: dict[str, dict[str, float]], tr
         "total_parameters": model.parameters(),
         "steps": len(work.order),
         "epochs": work.order.epochs,
+        "processes": run.others.count,
         "tokens_per_second": costs.tokens / costs.seconds if costs.seconds else 0.0,
         "peak_memory_bytes": training.peak_bytes(),
         **asdict(costs),

@@ -76,7 +76,8 @@ class Saving:
     def _how(self) -> dict[str, str]:
         """What the last bits of a result depend on, beside the recipe."""
         names = ("device", "micro_batch_tokens", "recompute")
-        return versions() | {n: str(getattr(self.run.stage, n)) for n in names}
+        found = versions() | {n: str(getattr(self.run.stage, n)) for n in names}
+        return found | {"processes": str(self.run.others.count)}
 
     def due(self, done: int) -> bool:
         """Whether it is time for a checkpoint: every so many steps or minutes, or as often as costs little."""

@@ -26,8 +26,9 @@ from trivium.model.language_model import LanguageModel
 from trivium.peft import base as deltas
 from trivium.peft.targets import decoder_layers
 from trivium.recipe import Stage
-from trivium.stage_data import beside, packed
+from trivium.stage_data import beside, fitted, packed
 from trivium.stage_saving import LOG, Saving
+from trivium.stage_together import go_on_alike, same_in_the_end
 from trivium.stage_work import StageRun, Work
 from trivium.talk import Talker
 from trivium.terminal import say
@@ -53,7 +54,8 @@ class Training:
         self.steps = len(work.order)
         self.done = 0
         self.optimizers = _optimizers(self.stage, self.model)
-        self.saving = Saving(run, work, self.optimizers) if run.under_way else None  # None: it cannot go on
+        kept = run.under_way is not None and run.others.first  # of several processes the first one saves for all
+        self.saving = Saving(run, work, self.optimizers) if kept else None  # None: it cannot go on
         self.state: dict[str, Any] = self.saving.state if self.saving else {}
         self.log = self._log()
         self.guard = Guard(self.stage.skip_non_finite or 0, self.log.rows)
@@ -65,7 +67,7 @@ class Training:
 
     def carry_out(self) -> dict[str, float]:
         """Train to the end; returns the held-out metrics before. Raises Interrupted, NonFiniteError, DiskError."""
-        hold = deferred() if self.saving else contextlib.nullcontext(self.stop)  # else nothing could be saved
+        hold = deferred() if self.run.under_way else contextlib.nullcontext(self.stop)  # else nothing could be saved
         with hold as self.stop, self._dropping(), torch.random.fork_rng():  # dropout draws from the global one
             torch.manual_seed(int(self.stage.seed or 0))
             if self.saving:
@@ -74,6 +76,7 @@ class Training:
                     self.passes.put_back(self.state.get("halvings", []))
                 self.saving.check_room()
                 self._note_attempt(self.saving)
+            self.done = go_on_alike(self.run.others, self.model.hf, self.optimizers, self.reference, self.done)
             self.random = snapshot.random_state(self.device)
             try:
                 before = self.log.evaluation(0) if self.done else self.measure(0)
@@ -82,6 +85,7 @@ class Training:
                 say(f"  {self.steps} steps over {epochs:.2f} epochs of {rows:,} examples")
                 with self._profiled() as (task, after_step):
                     train(task, after_step, self.done)
+                same_in_the_end(self.run.others, self.model.hf)
                 self.save(beside=False)  # nothing is left to be trained beside it, and a copy takes memory
             except Stopped:
                 raise self._stopped() from None
@@ -92,19 +96,26 @@ class Training:
 
     def _task(self) -> Task:
         stage, work, model = self.stage, self.work, self.model
-        examples, passes = work.data.examples, self.passes
+        examples, tokens = work.data.examples, int(stage.micro_batch_tokens or 1)
+
+        def batches(n: int) -> Iterator[Forest]:
+            self.run.others.begin(int(stage.seed or 0), n)
+            return packed(examples.at(work.order.chosen(n)), tokens, model.device)
+
         return Task(
             objective=work.goal,
             logprob=model.logprob if stage.memory is None else self._lean,
             reference=self.reference,
-            batches=lambda n: packed(examples.at(work.order.chosen(n)), passes.tokens, model.device),
-            beside=lambda n: beside(work.goal, list(examples.at(work.order.chosen(n))), passes.tokens, model.device),
+            batches=batches,
+            beside=lambda n: beside(work.goal, list(examples.at(work.order.chosen(n))), tokens, model.device),
             steps=self.steps,
             rate=lambda n: factor(n, self.steps, str(stage.schedule), stage.warmup_ratio or 0.0),
             optimizers=self.optimizers,
             max_grad_norm=float(stage.max_grad_norm or 1.0),
             not_finite=self.guard.not_finite,
+            fitted=lambda forests: fitted(forests, self.passes, model.device),
             no_room=self._no_room,
+            others=self.run.others,
         )
 
     def _profiled(self) -> contextlib.AbstractContextManager[tuple[Task, Callable[[StepLog], None]]]:
@@ -120,6 +131,7 @@ class Training:
         """Smaller passes, and the random state as it was before the step."""
         self.passes.no_room(step, reason)
         snapshot.set_random_state(self.random, self.device)
+        self.run.others.begin(int(self.stage.seed or 0), step - 1)
 
     def _lean(self, forest: Forest) -> torch.Tensor:
         """The model's log-probabilities, when what the pass before has freed is given back."""
@@ -136,7 +148,9 @@ class Training:
         self.done = step.step
         self.random = snapshot.random_state(self.device)
         self.reference.after_step(self.done)
-        self.stop.check()
+        self.stop.requested |= self.run.others.asked
+        if self.run.others.first:  # it saves and ends, and the others with it
+            self.stop.check()
         self._evaluated()
         if self.saving and self.done < self.steps and self.saving.due(self.done):
             self.save()
@@ -159,6 +173,8 @@ class Training:
         A request to stop is heard before every pass through the model.
         """
         model, run = self.model, self.run
+        if not run.others.first:
+            return {}
         check = model.hf.base_model.register_forward_pre_hook(lambda *_: self.stop.check())
         try:
             with run.costs.clock("eval_seconds"), dropout_off(model), self.log.paused(), torch.random.fork_rng():

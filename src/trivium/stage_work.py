@@ -24,6 +24,7 @@ from trivium.recipe import Stage
 from trivium.stage_data import InMemory
 from trivium.train.budget import Cost
 from trivium.train.passes import Passes
+from trivium.train.processes import ALONE, Processes
 from trivium.train.track import Tracker
 from trivium.under_way import UnderWay
 
@@ -63,6 +64,7 @@ class StageRun:
     tracker: Callable[[], Tracker | None] = lambda: None
     under_way: UnderWay | None = None  # its checkpoints; None: it cannot go on
     profile: Path | None = None  # where it is written where the time of a few steps goes; None: that is not measured
+    others: Processes = ALONE  # who train it with this process
     costs: Costs = field(default_factory=Costs)
 
     @property

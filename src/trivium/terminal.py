@@ -14,19 +14,24 @@ if TYPE_CHECKING:
 
 AFTER = 1.0  # seconds before anything is shown
 PLAIN_EVERY = 10.0  # seconds between lines where there is no terminal
+_muted = False
 
 
-_hushed: list[bool] = []
+def mute(muted: bool = True) -> None:
+    """Say nothing from now on: of several processes one speaks."""
+    global _muted
+    _muted = muted
 
 
 @contextlib.contextmanager
 def hushed() -> Iterator[None]:
-    """Nothing is told within the block."""
-    _hushed.append(True)
+    """Nothing is said within the block."""
+    before = _muted
+    mute()
     try:
         yield
     finally:
-        _hushed.pop()
+        mute(before)
 
 
 def say(text: str) -> None:
@@ -36,9 +41,9 @@ def say(text: str) -> None:
 
 def write(text: str) -> None:
     """To standard error, if anybody still reads it: a closed terminal ends no run."""
-    if _hushed:
-        return
     with contextlib.suppress(OSError, ValueError):
+        if _muted:
+            return
         sys.stderr.write(text)
         sys.stderr.flush()
 
@@ -84,6 +89,8 @@ class Progress:
     def to(self, done: int) -> None:
         """``done`` of the total, in whatever it is counted."""
         now = time.perf_counter()
+        if _muted:
+            return
         if self.bar is not None:
             self.bar.update(self.bar.task_ids[0], completed=done)
         elif not sys.stderr.isatty():

@@ -89,6 +89,11 @@ class Process:
     def send(self, number: int) -> None:
         os.kill(self.pid, number)
 
+    def running(self, seconds: float = 0.0) -> bool:
+        """Whether it has not ended, also after ``seconds``; it is not reaped by asking."""
+        time.sleep(seconds)
+        return os.waitid(os.P_PID, self.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None
+
     def wait(self, seconds: float = 120.0, then: int | None = None) -> Ended:
         """Until it has ended, or ``seconds`` are over and signal ``then`` is sent."""
         end = time.monotonic() + seconds

@@ -26,6 +26,8 @@ from tests.hostile.spoil import (
 from tests.hostile.test_models import file, json_bomb
 from tests.hostile.watch import CODE, Ground, watched
 
+pytestmark = pytest.mark.promise(18)
+
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 Spoil = Callable[[Path], Any]
 SLOW = "(" * 20 + "a" + "*)" * 20 + "*b"  # a pattern that takes forever on a long name
@@ -155,7 +157,8 @@ LATE = (SHOW, INSPECT, JUDGED)
 
 
 @pytest.mark.parametrize("name", some(ADAPTERS))
-def test_an_adapter_folder_is_refused(name, sound, tmp_path):
+def test_an_adapter_folder_is_refused(name, sound, tmp_path, tried):
+    tried(folders=1)
     spoil, says = ADAPTERS[name]
     folder = sound.copy("chat", tmp_path)
     rewrite(folder / CONFIG, base_model_name_or_path=str(sound.run / "base"))
@@ -183,8 +186,9 @@ HARMLESS: dict[str, Spoil] = {
 
 
 @pytest.mark.parametrize("name", some(HARMLESS))
-def test_what_is_harmless_changes_nothing(name, sound, tmp_path):
+def test_what_is_harmless_changes_nothing(name, sound, tmp_path, tried):
     """The tensors say what is adapted; what PEFT would import or match is read by nobody."""
+    tried(folders=1)
     folder = sound.copy("chat", tmp_path)
     rewrite(folder / CONFIG, base_model_name_or_path=str(sound.run / "base"))
     HARMLESS[name](folder)

@@ -33,6 +33,8 @@ from tests.hostile.spoil import (
 )
 from tests.hostile.watch import CODE, Ground, watched
 
+pytestmark = pytest.mark.promise(18)
+
 CONFIG, TOKENIZER, WEIGHTS, TEXT = "config.json", "tokenizer_config.json", "model.safetensors", "tokenizer.json"
 AUTO = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model", "AutoTokenizer": ["evil.Tokenizer", None]}
 Spoil = Callable[[Path], Any]
@@ -268,7 +270,8 @@ def look(folder: Path, here: Path, sound: Any, most: int | None = None) -> Any:
 
 
 @pytest.mark.parametrize("name", some(MODELS))
-def test_a_model_folder_is_refused(name, sound, tmp_path):
+def test_a_model_folder_is_refused(name, sound, tmp_path, tried):
+    tried(folders=1)
     spoil, says = MODELS[name]
     folder = sound.copy("base", tmp_path)
     spoil(folder)
@@ -315,8 +318,9 @@ HARMLESS: dict[str, Spoil] = {
 
 
 @pytest.mark.parametrize("name", some(HARMLESS))
-def test_what_is_harmless_is_not_even_opened(name, sound, tmp_path):
+def test_what_is_harmless_is_not_even_opened(name, sound, tmp_path, tried):
     """Such things stand in many good folders of the hub: they are no reason to refuse, and nothing comes of them."""
+    tried(folders=1)
     folder = sound.copy("base", tmp_path)
     HARMLESS[name](folder)
     seen = look(folder, tmp_path, sound)
@@ -352,7 +356,8 @@ GGUF: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", some(GGUF))
-def test_a_gguf_file_is_refused(name, sound, tmp_path):
+def test_a_gguf_file_is_refused(name, sound, tmp_path, tried):
+    tried(folders=1)
     spoil, says = GGUF[name]
     given = tmp_path / "given" / "x.gguf"
     given.parent.mkdir()

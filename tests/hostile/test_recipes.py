@@ -12,6 +12,8 @@ from tests.hostile.conftest import MODEL, check_refused, command, nothing_left, 
 from tests.hostile.spoil import code_in, device, directory, pipe, sparse
 from tests.hostile.watch import Ground, watched
 
+pytestmark = pytest.mark.promise(18)
+
 PLAIN = {
     "name": "x",
     "stage": "sft",
@@ -136,7 +138,8 @@ RECIPES: dict[str, tuple[Callable[[Path, str], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", some(RECIPES))
-def test_a_recipe_is_refused(name, sound, tmp_path):
+def test_a_recipe_is_refused(name, sound, tmp_path, tried):
+    tried(folders=1)
     write, says = RECIPES[name]
     for rows in sound.here.glob("*.jsonl"):
         (tmp_path / rows.name).write_bytes(rows.read_bytes())

@@ -31,6 +31,8 @@ from tests.hostile.watch import Ground, watched
 
 from trivium import files
 
+pytestmark = pytest.mark.promise(18)
+
 RECORD, MANIFEST, STATE, WEIGHTS = "trivium.json", "manifest.json", "state.json", "weights.safetensors"
 
 
@@ -68,7 +70,8 @@ RECORDS: dict[str, tuple[Callable[[Path], Any], str]] = {
 
 
 @pytest.mark.parametrize("name", some(RECORDS))
-def test_a_record_is_refused(name, sound, tmp_path):
+def test_a_record_is_refused(name, sound, tmp_path, tried):
+    tried(folders=1)
     spoil, says = RECORDS[name]
     folder = Path(shutil.copytree(sound.run, tmp_path / "run")) / "chat"
     spoil(folder)
@@ -169,7 +172,8 @@ GOES_ON = ("a pipe besides", "a device besides", "a pickle besides")  # as if it
 
 
 @pytest.mark.parametrize("name", some(CHECKPOINTS))
-def test_a_checkpoint_is_refused(name, interrupted, sound, tmp_path):
+def test_a_checkpoint_is_refused(name, interrupted, sound, tmp_path, tried):
+    tried(folders=1)
     here = Path(shutil.copytree(interrupted, tmp_path / "here"))
     for folder in here.rglob("step-*"):
         CHECKPOINTS[name](folder)

@@ -21,6 +21,8 @@ from tests.hostile.conftest import ways_in
 from tests.hostile.spoil import code_in, device, pickle_in
 from tests.hostile.watch import Ground, watched
 
+pytestmark = pytest.mark.promise(18)
+
 
 def imported(folder: Path) -> None:
     sys.path.insert(0, str(folder))

@@ -18,6 +18,8 @@ from trivium.model.headers import check_gguf
 from trivium.model.load import load_base, shape_of
 from trivium.model.untrusted import can_hang, check_folder
 
+pytestmark = pytest.mark.promise(18)
+
 SHA = "0123456789abcdef0123456789abcdef01234567"
 # ruff: noqa: E501 (patterns are not cut)
 # As they stand in tokenizers that are in use.

@@ -8,11 +8,12 @@ import sys
 import typer
 
 from trivium.cli import compare, data, judge, merge, plan, run, talk
-from trivium.errors import DiskError, Interrupted, OutOfMemory, UserError
+from trivium.errors import DiskError, Interrupted, OutOfMemory, RecipeError, UserError
 from trivium.files import NO_ROOM
 from trivium.interrupt import Stopped, asked, ignore, stop_at_once
-from trivium.terminal import say
+from trivium.terminal import mute, say
 from trivium.train.passes import REMEDY, ran_out, reason_of
+from trivium.train.processes import asked_for, current, together
 
 WRITERS = (["run"], ["demo"], ["compare"])  # what goes on where it was
 
@@ -38,7 +39,14 @@ def main() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own progress bars; ours says what is going on
     stop_at_once()
+    with together():
+        _run()
+
+
+def _run() -> None:
     try:
+        if asked_for():
+            _join()
         app(standalone_mode=True)
     except UserError as error:
         _stop(error)
@@ -60,6 +68,14 @@ def main() -> None:
         raise
 
 
+def _join() -> None:
+    """Find the other processes. Raises RecipeError for a command that knows nothing of them."""
+    current().connect()
+    if sys.argv[1:2] != ["run"]:
+        what = f"trivium {' '.join(sys.argv[1:2])}: only `trivium run` can be started in several processes"
+        raise RecipeError(what, "start it without torchrun")
+
+
 def _close_output() -> None:
     """What is still to be printed goes nowhere."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -67,5 +83,8 @@ def _close_output() -> None:
 
 def _stop(error: UserError) -> None:
     ignore()
-    say(f"{'' if not sys.stderr.isatty() else chr(13)}error: {error}")
-    sys.exit(error.exit_code)
+    code, tells = current().last_words(error)
+    if tells:
+        mute(False)
+        say(f"{'' if not sys.stderr.isatty() else chr(13)}error: {error}")
+    sys.exit(code)

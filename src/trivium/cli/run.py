@@ -38,6 +38,8 @@ def run(
 
     folder = out or Path("runs") / read.name
     summary = run_recipe(read, folder, until, None, fresh, accept_changed_data, profile)
+    if not summary:  # of several processes, one that only helps
+        return
     print(table(summary))
     print("", *account(summary), sep="\n")
     print(f"\n{folder / 'summary.json'}\n{folder / 'report.html'}")

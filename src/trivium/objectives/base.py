@@ -43,13 +43,17 @@ class FirstPass:
     total: Callable[[Tensor, Forest, Tensor | None], Tensor]
     then: Callable[[float], Objective]
 
-    def known(self, logprob: LogProb, reference: Reference, forests: Iterable[Forest]) -> Objective:
-        """The objective, once the pass over its ``forests`` is made."""
-        total, count = 0.0, 0
+    def known(
+        self, logprob: LogProb, reference: Reference, forests: Iterable[Forest],
+        added: Callable[[list[float]], list[float]] = list,
+    ) -> Objective:  # fmt: skip
+        """The objective, once the pass over its ``forests`` is made; ``added`` adds up what several processes have."""
+        total, count = 0.0, 0.0
         with torch.no_grad():
             for forest in forests:
                 total += float(self.total(logprob(forest), forest, reference(forest)))
                 count += forest.sequences
+        total, count = added([total, float(count)])
         return self.then(total / count if count else 0.0)
 
 

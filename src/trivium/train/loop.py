@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -18,6 +18,7 @@ from trivium.forest import Forest
 from trivium.objectives.base import LogProb, Objective, Reference, Sums
 from trivium.train.optimizer import set_rate
 from trivium.train.passes import REMEDY, surviving
+from trivium.train.processes import ALONE, Processes
 
 
 def stop(step: int, what: str, rows: list[str]) -> None:
@@ -37,6 +38,10 @@ def nothing_beside(step: int) -> Iterator[Forest]:
     return iter(())
 
 
+def as_they_are(forests: Sequence[Forest]) -> Sequence[Forest]:
+    return forests
+
+
 @dataclass(frozen=True)
 class Task:
     """What the loop is handed. ``batches(n)`` gives the forests of step ``n``; ``rate(n)`` its learning-rate factor."""
@@ -50,8 +55,10 @@ class Task:
     optimizers: list[torch.optim.Optimizer]
     max_grad_norm: float
     not_finite: Callable[[int, str, list[str]], None] = stop  # (step, what, rows): raises, or the step is left out
-    no_room: Callable[[int, str], None] = no_room  # (step, reason): makes ``batches`` give smaller ones, or raises
+    fitted: Callable[[Sequence[Forest]], Iterable[Forest]] = as_they_are  # forests that memory is enough for
+    no_room: Callable[[int, str], None] = no_room  # (step, reason): makes ``fitted`` give smaller ones, or raises
     beside: Callable[[int], Iterator[Forest]] = nothing_beside  # what the objective's first pass over step ``n`` reads
+    others: Processes = ALONE  # who take their shares of each step
 
 
 @dataclass(frozen=True)
@@ -81,7 +88,8 @@ def train(task: Task, after_step: Callable[[StepLog], None], done: int = 0) -> N
     for number in range(done, task.steps):
         started = time.perf_counter()
         forests, sums = _gradients(task, number)
-        stats = sums.means()
+        stats = task.others.sums(sums).means()
+        task.others.gradients(parameters)
         norm = float(torch.nn.utils.clip_grad_norm_(parameters, task.max_grad_norm))
         fault, rows = _fault(stats["loss"], norm), _rows(forests)
         set_rate(task.optimizers, task.rate(number))
@@ -109,32 +117,35 @@ def train(task: Task, after_step: Callable[[StepLog], None], done: int = 0) -> N
 
 
 def _gradients(task: Task, number: int) -> tuple[list[Forest], Sums]:
-    """Take the gradients of a step, whose forests and statistics are returned; where memory runs out, from its
-    beginning with smaller forests."""
-    forests = list(task.batches(number))
-    weight = sum(task.objective.weight(f) for f in forests)
+    """Take the gradients of a step, whose forests and statistics are returned, or this process's share of them; where
+    memory runs out, once more in smaller forests of the same examples."""
+    forests, goal, others = list(task.batches(number)), task.objective, task.others
+    weight = sum(goal.weight(f) for f in forests)
     if not weight > 0:
         raise DataError(f"step {number + 1}: nothing to learn in {some(_rows(forests))}", "check the data's answers")
-
-    def attempt() -> Sums:
-        goal, sums = task.objective, Sums()
-        if goal.first is not None:
-            goal = goal.first.known(task.logprob, task.reference, task.beside(number))
-        for forest in forests:
-            reference = task.reference(forest)
-            result = goal.compute(task.logprob(forest), forest, reference)
-            if len(forest.source):  # else nothing in it is trained, and there is no gradient to take
-                (result.sum / weight).backward()
-            sums.add(result, goal.weight(forest))
-        return sums
 
     def smaller(reason: str) -> None:
         for optimizer in task.optimizers:
             optimizer.zero_grad(set_to_none=True)  # some passes of the attempt have left theirs
         task.no_room(number + 1, reason)
-        forests[:] = task.batches(number)
 
-    return forests, surviving(attempt, smaller)
+    if (first := goal.first) is not None:
+        beside = others.share(list(task.beside(number)))
+        goal = surviving(lambda: first.known(task.logprob, task.reference, task.fitted(beside), others.added), smaller)
+    mine = others.share(forests)
+    return forests, surviving(lambda: _passes(task, goal, task.fitted(mine), weight), smaller)
+
+
+def _passes(task: Task, goal: Objective, forests: Iterable[Forest], weight: float) -> Sums:
+    """A pass over each forest, forward and back; ``weight`` is that of the whole step."""
+    sums = Sums()
+    for forest in forests:
+        reference = task.reference(forest)
+        result = goal.compute(task.logprob(forest), forest, reference)
+        if len(forest.source):  # else nothing in it is trained, and there is no gradient to take
+            (result.sum / weight).backward()
+        sums.add(result, goal.weight(forest))
+    return sums
 
 
 def _fault(loss: float, norm: float) -> str:

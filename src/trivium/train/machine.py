@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from trivium.errors import RecipeError
+from trivium.train.processes import current
 
 
 def pick_device(asked: str | None) -> str:
@@ -18,8 +19,8 @@ def pick_device(asked: str | None) -> str:
 
     if asked is None:
         if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
+            return current().device("cuda")
+        return "mps" if torch.backends.mps.is_available() and current().count == 1 else "cpu"
     kind = asked.split(":")[0]
     there = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
     if kind not in there:
@@ -27,7 +28,7 @@ def pick_device(asked: str | None) -> str:
     if not there[kind]:
         have = ", ".join(k for k, v in there.items() if v)
         raise RecipeError(f"device: {asked} is not available here", f"this machine has: {have}")
-    return asked
+    return current().device(asked)
 
 
 def pick_dtype(asked: str | None, device: str) -> str:

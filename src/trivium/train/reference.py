@@ -21,6 +21,7 @@ from trivium.files import damage, make_folder, read_tensors, whole_folder, write
 from trivium.forest import Forest
 from trivium.objectives.base import LogProb
 from trivium.swapping import under
+from trivium.train.processes import ALONE, Processes
 
 KEPT = "kept.safetensors"
 
@@ -97,19 +98,23 @@ class Remembered(NoReference):
 
     @classmethod
     def kept_in(
-        cls, folder: Path, about: Mapping[str, Any], logprob: LogProb, forests: Callable[[], Iterable[Forest]]
-    ) -> tuple[Remembered, bool]:
+        cls, folder: Path, about: Mapping[str, Any], logprob: LogProb, forests: Callable[[], Iterable[Forest]],
+        others: Processes = ALONE,
+    ) -> tuple[Remembered, bool]:  # fmt: skip
         """Those that ``folder`` keeps, where it is whole and says ``about`` of itself; else computed, and kept there.
 
-        And whether they were there. For examples of stored rows, which are the same in every process. Raises DiskError.
+        And whether they were there. For examples of stored rows, which are the same in every process. Several
+        processes compute a share each; the first one reads and writes. Raises DiskError.
         """
         found = cls(logprob, ())
-        if folder.is_dir() and damage(folder, about) is None:
-            (group,) = read_tensors(folder).values()
+        if others.led(lambda: folder.is_dir() and damage(folder, about) is None):
+            group = others.same(lambda: next(iter(read_tensors(folder).values())))
             pieces = group["values"].split(group["counts"].tolist())
             found.kept = dict(zip(group["keys"].tolist(), pieces, strict=True))
             return found, True
-        found._compute(logprob, forests())
+        found._compute(logprob, forests(), others)
+        if not others.first:
+            return found, False
         make_folder(folder.parent)
         counts = torch.tensor([len(v) for v in found.kept.values()])
         tensors = {"keys": torch.tensor([*found.kept]), "counts": counts, "values": torch.cat([*found.kept.values()])}
@@ -117,14 +122,22 @@ class Remembered(NoReference):
             write_tensors(partial / KEPT, tensors)
         return found, False
 
-    def _compute(self, logprob: LogProb, forests: Iterable[Forest]) -> None:
+    def _compute(self, logprob: LogProb, forests: Iterable[Forest], others: Processes = ALONE) -> None:
+        keys: list[int] = []
+        counts: list[int] = []
+        pieces: list[Tensor] = []
+        seen: set[int] = set()
         with torch.no_grad():
             for forest in forests:
-                keys = [_key(e.identity) for e in forest.examples]
-                if all(key in self.kept for key in keys):
+                mine = [_key(e.identity) for e in forest.examples]
+                if seen.issuperset(mine):
                     continue
-                counts = [e.trained_tokens for e in forest.examples]
-                self.kept.update(zip(keys, logprob(forest).cpu().split(counts), strict=True))
+                pieces.append(logprob(forest).cpu() if others.mine(len(pieces)) else torch.zeros(len(forest.source)))
+                seen.update(mine)
+                keys += mine
+                counts += [e.trained_tokens for e in forest.examples]
+        if pieces:
+            self.kept = dict(zip(keys, others.summed(torch.cat(pieces)).split(counts), strict=True))
 
     def __call__(self, forest: Forest) -> Tensor:
         return torch.cat([self.kept[_key(e.identity)] for e in forest.examples]).to(forest.tokens.device)
