@@ -132,7 +132,7 @@ def test_out_of_memory_anywhere_else_is_no_traceback(cell):
         def refuse(*_: object) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
-        trivium.stage_runner.proven = refuse
+        trivium.stage_runner.proven_by_first = refuse
 
     ended = Process(cell("sft-lora"), meanwhile=start).wait()
     assert ended.code == 6

@@ -264,7 +264,7 @@ def test_a_lost_process_is_named_and_the_run_goes_on(rank, number, cell, expecte
 @pytest.mark.promise(13)
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["pretrain-full", "sft-lora", "preference-kto", "preference-moving"])
-def test_however_often_one_is_killed(name, cell, expected):
+def test_however_often_one_is_killed(name, cell, expected, tried):
     changed = {"micro_batch_tokens": 24, "max_steps": 60, "save_every": 5}
     rng, slowest, survived = random.Random(name), 0.0, 0
     while survived < 12:
@@ -277,6 +277,7 @@ def test_however_often_one_is_killed(name, cell, expected):
         done(Several(recipe).wait())
         assert result(recipe) == expected(name, cell, **changed)
     print(f"{name}: {survived} kills survived, the other ended within {slowest:.1f} s")
+    tried(kills=survived)
 
 
 @pytest.mark.promise(13)
