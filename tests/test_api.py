@@ -327,7 +327,7 @@ def test_evaluate_is_what_training_reports(saved) -> None:
         (lambda m: m.train([{"x": 1}], "sft"), ["rows:1", "messages"]),
         (lambda m: m.train(["text"], "pretrain"), ["rows:1", "mapping", "str"]),
         (lambda m: m.train({"text": "x"}, "pretrain"), ["dict is no list of rows"]),
-        (lambda m: m.train(REQUESTS, "sfft"), ["no such stage", "did you mean 'sft'"]),
+        (lambda m: m.train(REQUESTS, "sfft"), ["'sfft' is no stage", "did you mean 'sft'"]),
         (lambda m: m.train(REQUESTS, lerning_rate=1), ["unknown key lerning_rate", "did you mean 'learning_rate'"]),
         (lambda m: m.train(REQUESTS, beta=1.0), ["beta: next_token has no such setting; it is for dpo, "]),
         (lambda m: m.train("nowhere.jsonl"), ["no such file", "nowhere.jsonl"]),

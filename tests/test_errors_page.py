@@ -57,7 +57,7 @@ def _code(path: Path) -> str:
 
 def test_only_a_handful_cannot_be_read_without_running(made):
     passed = [row for row in made.rows() if row.passes_on]
-    assert len(passed) <= 15, "\n".join(map(str, passed))
+    assert len(passed) <= 18, "\n".join(map(str, passed))
 
 
 def test_the_texts_read_alike(made):

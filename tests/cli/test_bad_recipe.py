@@ -186,7 +186,7 @@ def test_a_missing_recipe(here, trivium):
     (here / "recipe.yaml").touch()
     check(trivium("run", here / "recipee.yaml"), "no such recipe; did you mean 'recipe.yaml'?")
     check(trivium("run", here / "nowhere" / "recipe.yaml"), "no such recipe")
-    check(trivium("run", here), "cannot read")
+    check(trivium("run", here), "cannot be read")
 
 
 @pytest.mark.parametrize(

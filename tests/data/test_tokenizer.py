@@ -60,7 +60,7 @@ def test_template_has_generation_markers_that_agree() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(DataError, match=f"smallest possible is {SMALLEST}"):
+    with pytest.raises(DataError, match=f"give {SMALLEST} or more"):
         train_tokenizer(TEXTS, 100)
     with pytest.raises(DataError, match="no text"):
         train_tokenizer(["", ""], 300)
