@@ -179,7 +179,7 @@ def test_what_stands_in_the_way_is_a_clear_error(name, cell):
     assert f"{there}" in ended.said
 
 
-@pytest.mark.parametrize("loss", ["dpo", "kto"])
+@pytest.mark.parametrize("loss", ["dpo", pytest.param("kto", marks=pytest.mark.slow)])
 def test_the_parents_numbers_are_kept_by_what_they_are_of_and_mended(cell, monkeypatch, tmp_path, loss):
     monkeypatch.setenv("TRIVIUM_CACHE", str(tmp_path))
     there = "they were computed before, for the same rows and the same parent"

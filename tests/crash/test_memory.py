@@ -64,7 +64,7 @@ def weights(recipe):
 
 
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(n, marks=pytest.mark.slow) for n in CELLS if n not in QUICK)])
-@pytest.mark.parametrize("backward", [False, True])
+@pytest.mark.parametrize("backward", [False, pytest.param(True, marks=pytest.mark.slow)])
 def test_it_is_survived_at_the_same_step_with_the_result_of_smaller_passes(name, backward, cell, tried):
     small, halved = cell(name, **no_dropout(name, micro_batch_tokens=TIGHT)), cell(name, **no_dropout(name))
     assert Process(small).wait().code == 0
@@ -84,6 +84,10 @@ def test_it_is_survived_at_the_same_step_with_the_result_of_smaller_passes(name,
     tried(halvings=len(found), cells=1)
     times = f"{len(found)} time{'s' * (len(found) > 1)}"
     assert f"memory ran out {times} (step 6): {found[-1]['tokens']} tokens a pass" in ended.said
+
+
+def test_amid_the_gradients(cell, tried):
+    test_it_is_survived_at_the_same_step_with_the_result_of_smaller_passes("sft-lora", True, cell, tried)
 
 
 def test_it_is_survived_with_dropout_and_the_same_again(cell):

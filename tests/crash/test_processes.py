@@ -295,9 +295,7 @@ def test_a_frozen_process_is_noticed_within_30_seconds(rank, cell, expected):
 
 
 @pytest.mark.promise(13)
-@pytest.mark.parametrize(
-    "where", ["evaluation", *(pytest.param(n, marks=pytest.mark.slow) for n in ("before", "save"))]
-)
+@pytest.mark.parametrize("where", [pytest.param(n, marks=pytest.mark.slow) for n in ("evaluation", "before", "save")])
 def test_killed_elsewhere_than_in_a_step(where, cell, expected):
     """While the data is prepared, while the first one evaluates and the other one waits, amid a save."""
     changed = {"micro_batch_tokens": 24, "max_steps": 40, "save_every": 5}
