@@ -99,14 +99,14 @@ def cost_of(
     """What training this model holds, from the sizes of its tensors; ``kept`` bytes per token by autograd,
     ``runtime`` what a process on the CPU holds besides."""
     trained = sum(p.numel() for p in model.hf.parameters() if p.requires_grad)
-    width = model.hf.get_input_embeddings().weight.shape[-1]
+    vocabulary, width = model.hf.get_input_embeddings().weight.shape
     inner = int(getattr(model.config, "intermediate_size", None) or 4 * width)
     bytes_each = torch.finfo(model.dtype).bits // 8
     return budget.Cost(
         weights=weights_of(model),
         gradients=4 * trained,
         moments=4 * trained * MOMENTS[str(stage.optimizer)],
-        readout=READOUT * CHUNK_BYTES,
+        readout=READOUT * min(CHUNK_BYTES, 4 * vocabulary * max(step_tokens, 1)),
         runtime=runtime if model.device.type == "cpu" else 0,
         kept=kept,
         input=width * bytes_each,

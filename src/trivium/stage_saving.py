@@ -18,6 +18,7 @@ import torch
 from trivium.errors import CheckpointError, DataError
 from trivium.files import check_room, folder_bytes, sha256_json
 from trivium.peft.kinds import FullSettings
+from trivium.recipe import Stage
 from trivium.stage_work import StageRun, Work
 from trivium.terminal import say
 from trivium.train import snapshot
@@ -103,8 +104,7 @@ class Saving:
         started = time.perf_counter()
         self.kept.wait()
         self._beside = self.kept.costs.seconds_beside
-        small = snapshot.size_of(self.optimizers) < BESIDE * free_memory("cpu")
-        beside = beside and small and self.run.stage.memory is None  # which has no room for a copy
+        beside = beside and copied(self.run.stage, snapshot.size_of(self.optimizers))
         taken = snapshot.take(self.run.model.hf, self.optimizers, str(self.run.model.device), copy=beside)
         told = {**state, "step": done, "about": self.under.about, "accepted": self.under.accepted,
                 "date": self.work.template.told_date, "costs": asdict(self.run.costs),
@@ -147,6 +147,11 @@ class Saving:
             "state_sha256": self.kept.hashes,
         }
         return found | ({"accepted_changed_data": self.under.accepted} if self.under.accepted else {})
+
+
+def copied(stage: Stage, state: int) -> bool:
+    """Whether a state of so many bytes is copied, to be written beside the training; not where memory is short."""
+    return stage.memory is None and state < BESIDE * free_memory("cpu")
 
 
 def _kept(groups: Mapping[str, dict[str, torch.Tensor]], copy: bool) -> dict[str, dict[str, torch.Tensor]]:

@@ -23,6 +23,7 @@ from trivium.planning.trial import evaluations, try_out
 from trivium.recipe import Recipe, Stage
 from trivium.stage_memory import room_for
 from trivium.stage_runner import prepared
+from trivium.stage_saving import LEAST_SECONDS, copied
 from trivium.stage_work import StageRun, Work
 from trivium.start import Link, data_hashes, start_of
 from trivium.summary import stage_identity
@@ -91,8 +92,10 @@ def _planned(recipe: Recipe, stage: Stage, start: Link, scratch: Path, ordered: 
         "evaluation": tried.held_out * work.held_out.sizes.sum() * evaluations(len(sizes), run.stage.eval_every),
         "reference": tried.reference * (work.used.sizes.sum() + work.held_out.sizes.sum()),
     }
+    beside = _copy(run.stage, tried.state, len(sizes), seconds["training"])
+    by_part = parts(cost, max(tokens, longest), recomputed, tried.peak) | {"a checkpoint": beside}
     return found | {
-        "memory": _memory(parts(cost, max(tokens, longest), recomputed, tried.peak), tried.peak, there),
+        "memory": _memory(by_part, tried.peak + beside, there),
         "disk": _disk(run, work, tried.state),
         "seconds": {name: float(value) for name, value in seconds.items()},
         "tried": {"tokens": tried.tokens, "seconds": tried.seconds, "reckoned_bytes": need},
@@ -118,6 +121,16 @@ def _opened(recipe: Recipe, stage: Stage, start: Link, scratch: Path, ordered: l
 
 def _memory(by_part: dict[str, float], peak: float, there: float) -> dict[str, Any]:
     return {"peak": float(peak), "available": float(there), **{k: float(v) for k, v in by_part.items()}}
+
+
+def _copy(stage: Stage, state: int, steps: int, seconds: float) -> int:
+    """Bytes of a checkpoint that is written beside the training, where one is due before its end."""
+    if stage.save_every or stage.save_minutes:
+        due = (stage.save_every or steps) < steps or 60 * (stage.save_minutes or seconds) < seconds
+    else:
+        due = seconds > LEAST_SECONDS
+    on_cpu = str(stage.device).split(":")[0] == "cpu"  # a card's peak is told of the card alone
+    return state if due and on_cpu and copied(stage, state) else 0
 
 
 def _disk(run: StageRun, work: Work, state: int) -> dict[str, int]:

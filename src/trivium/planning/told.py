@@ -53,7 +53,7 @@ def _stage(s: dict[str, Any]) -> list[str]:
 
 
 def _parts(held: dict[str, float]) -> str:
-    named = {k: v for k, v in held.items() if k not in ("peak", "available", "other")}
+    named = {k: v for k, v in held.items() if k not in ("peak", "available", "other") and v}
     return ", ".join([*(f"{k} {size(v)}" for k, v in named.items()), f"libraries and the rest {size(held['other'])}"])
 
 
