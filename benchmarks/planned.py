@@ -22,7 +22,7 @@ from environments import ROOT, smollm2
 
 DATA = ROOT.parent / "shared" / "data"
 MEMORY, TIME = 0.15, 0.20  # how far a plan may be off
-SHORT = {"batch_size": 4, "eval_data": 0.1, "max_length": 1024, "on_overflow": "drop"}
+SHORT = {"batch_size": 4, "eval_data": 0.03, "max_length": 1024, "on_overflow": "drop"}
 METHODS: dict[str, Any] = {
     "full": "full",
     "lora": {"name": "lora", "r": 16},
