@@ -51,6 +51,8 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a model that is a number": (changed(model=3), ["model: 3 is no model"]),
     "a tokenizer that is not there": (in_model(tokenizer="nowhere"), ["nowhere: no such folder"]),
     "a vocabulary too small for bytes": (in_model(vocab_size=10), ["vocabulary of 10 is too small", "262"]),
+    "a vocabulary that is a word": (in_model(vocab_size="many"), ["model.vocab_size", "not a number of tokens"]),
+    "a vocabulary that is nothing": (in_model(vocab_size=None), ["model.vocab_size", "not a number of tokens"]),
     "a model folder that is not there": (
         changed(model="./nowhere", stages=[{**CHAT, "from": None}]),
         ["nowhere: no such model folder", "hub id"],

@@ -71,10 +71,11 @@ def check_sizes(sizes: dict[str, Any]) -> None:
 
 def _check_memory(config: Any, sizes: dict[str, Any]) -> None:
     """What cannot be made here is refused before anything is counted up to or allocated. Raises RecipeError."""
+    sizes = {k: v for k, v in sizes.items() if isinstance(v, int)}  # what is no number has an error of its own
     for key, most in (("num_hidden_layers", MOST_LAYERS), ("vocab_size", MOST_VOCABULARY)):
         if sizes.get(key, 0) > most:
             raise RecipeError(f"model.{key}: {sizes[key]:,}, where {most:,} is the most", "mend the sizes in `model`")
-    width, layers = sizes["hidden_size"], sizes["num_hidden_layers"]
+    width, layers = sizes.get("hidden_size", 0), sizes.get("num_hidden_layers", 0)
     inner = min(v for key in INNER if isinstance(v := getattr(config, key, None) or width, int))
     needed = 4 * width * (sizes.get("vocab_size", 0) + layers * inner)  # at the least, in float32
     if needed > (free := free_memory("cpu")):
