@@ -60,7 +60,7 @@ def check_fits(stage: Stage, cost: budget.Cost, model: LanguageModel, longest: i
     """What the stage will hold at its peak is free, or held already; raises OutOfMemory with what would fit."""
     asked = int(stage.micro_batch_tokens or 1)
     need, there, cost = room_for(stage, cost, model, longest)
-    if need <= there:
+    if need <= there or not held_memory(str(model.device)):  # where the system tells nothing, free memory is a guess
         return
     plan = budget.fit(there, cost, longest, asked)
     what = f"stages.{stage.name}: it would take {size(need)}, and there are {size(there)}"

@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.crash.process import CELLS, Process, at_step, die, events, result
+from tests.crash.several import Several
 
 from trivium.forest import Forest
 from trivium.model.language_model import LanguageModel
@@ -96,6 +97,22 @@ def test_it_is_survived_with_dropout_and_the_same_again(cell):
     for recipe in (first, second):
         assert Process(recipe, meanwhile=running_out(TIGHT, from_step=6)).wait().code == 0
     assert result(first) == result(second)
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param("sft-lora", marks=pytest.mark.slow), "preference-kto"])
+def test_of_two_processes_one_halves_its_own_share(name, rank, cell):
+    """The other one, which has room, waits for it and keeps to the plan of both."""
+    changed = no_dropout(name, batch_size=8, micro_batch_tokens=128)
+    one, two = cell(name, **changed), cell(name, **changed)
+    assert Process(one).wait().code == 0
+    start = running_out(TIGHT, from_step=6)
+    ended = Several(two, meanwhile=lambda number: start() if number == rank else None).wait()
+    assert [end.code for end in ended] == [0, 0], ended
+    assert bool(events(two)["halvings"]) == (rank == 0)
+    expected = weights(one)
+    for key, tensor in weights(two).items():
+        assert float((tensor - expected[key]).abs().max()) <= 1e-5, key
 
 
 def test_a_run_that_goes_on_keeps_what_was_halved(cell):
