@@ -318,8 +318,7 @@ def damage(
     """Which file of a sealed folder is not as it was written, and how; None where all are.
 
     ``about``: what its manifest must say of it. ``quick`` looks at sizes alone, ``only`` names the files that are
-    looked at. A file that the manifest does not name
-    is no damage; nothing outside the folder is looked at.
+    looked at. A file that the manifest does not name is no damage; nothing outside the folder is looked at.
     """
     path = folder / MANIFEST
     try:
@@ -327,9 +326,7 @@ def damage(
             return f"{path} is damaged"
         text = path.read_text(encoding="utf-8")
         body = json.loads(text)
-        told = dict(body["about"])
-        listed = {str(name): (int(length), str(digest)) for name, (length, digest) in body["files"].items()}
-        whole = text == _sealed({"about": body["about"], "files": body["files"]}) and _is_manifest(body)
+        whole = _is_manifest(body) and text == _sealed({"about": body["about"], "files": body["files"]})
     except FileNotFoundError:
         return f"{path} is missing"
     except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
@@ -337,10 +334,10 @@ def damage(
     if not whole:
         return f"{path} is damaged"
     for key, value in (about or {}).items():
-        if told.get(key) != value:
-            return f"{path} belongs to another folder ({key} {told.get(key)}, not {value})"
+        if body["about"].get(key) != value:
+            return f"{path} belongs to another folder ({key} {body['about'].get(key)}, not {value})"
     there = {f.relative_to(folder).as_posix(): f for f in _files(folder) if not f.is_symlink()}
-    for name, (length, digest) in listed.items():
+    for name, (length, digest) in body["files"].items():
         if only and name not in only:
             continue
         if (file := there.get(name)) is None:

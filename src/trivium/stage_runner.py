@@ -29,12 +29,12 @@ from trivium.stage_data import run_order, stage_examples
 from trivium.stage_memory import arranged, check_fits
 from trivium.stage_proof import probe, prove_start
 from trivium.stage_reference import elsewhere, reference_of
-from trivium.stage_saving import LOG
 from trivium.stage_together import plan_of, proven_by_first
 from trivium.stage_training import Training
 from trivium.stage_work import StageRun, Work
 from trivium.terminal import say
 from trivium.train import recompute
+from trivium.train.log import LOG
 from trivium.train.machine import PeakMemory
 from trivium.train.passes import Passes
 from trivium.under_way import versions

@@ -23,11 +23,11 @@ from trivium.stage_work import StageRun, Work
 from trivium.terminal import say
 from trivium.train import snapshot
 from trivium.train.checkpoint import Checkpoints
+from trivium.train.log import LOG
 from trivium.train.machine import free_memory
 from trivium.train.reference import NoReference
 from trivium.under_way import versions
 
-LOG = "metrics.jsonl"
 SPARE = 2**20  # bytes, for logs and tables
 LEAST_SECONDS = 10.0  # between two checkpoints, where the recipe does not say how many
 SHARE = 0.02  # of the training's time that they may then take

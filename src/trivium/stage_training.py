@@ -27,7 +27,7 @@ from trivium.peft import base as deltas
 from trivium.peft.targets import decoder_layers
 from trivium.recipe import Stage
 from trivium.stage_data import beside, fitted, packed
-from trivium.stage_saving import LOG, Saving
+from trivium.stage_saving import Saving
 from trivium.stage_together import go_on_alike, same_in_the_end
 from trivium.stage_work import StageRun, Work
 from trivium.talk import Talker
@@ -35,7 +35,7 @@ from trivium.terminal import say
 from trivium.train import snapshot
 from trivium.train.dropout import dropout_off, set_dropout
 from trivium.train.guard import Guard
-from trivium.train.log import TrainingLog, read_log
+from trivium.train.log import LOG, TrainingLog, read_log
 from trivium.train.loop import StepLog, Task, train
 from trivium.train.machine import PeakMemory, give_back
 from trivium.train.optimizer import build_optimizers

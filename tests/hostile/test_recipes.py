@@ -82,7 +82,7 @@ RECIPES: dict[str, tuple[Callable[[Path, str], Any], str]] = {
     # names and paths
     "a name with path parts": (recipe(name="../../x"), "name"),
     "a stage's name with path parts": (recipe({"name": "../../x"}), "name"),
-    "a stage's name that is absolute": (recipe({"name": "/tmp/x"}), "name"),
+    "a stage's name that is absolute": (recipe({"name": "/elsewhere/x"}), "name"),
     "a stage's name that is two dots": (recipe({"name": ".."}), "name"),
     "a stage's name of ten lines": (recipe({"name": "x\n" * 10}), "name"),
     "a stage's name of 300 signs": (recipe({"name": "x" * 300}), "name"),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from trivium.cli.run import Changes, Out, RecipeFile, Until
 from trivium.errors import RecipeError
 
 if TYPE_CHECKING:
@@ -18,18 +19,16 @@ def add_to(app: typer.Typer) -> None:
 
 
 def plan(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. stages.chat.micro_batch_tokens=512")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The run's folder; left out: runs/NAME.")] = None,
+    recipe: RecipeFile,
+    set_: Changes = None,
+    out: Out = None,
     memory: Annotated[
         str | None, typer.Option("--memory", metavar="24GB", help="Of a device that is not here: reckoned, not tried.")
     ] = None,
     tflops: Annotated[
         float | None, typer.Option("--tflops", min=0.001, help="Its rate in bfloat16, in TFLOP a second.")
     ] = None,
-    until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
+    until: Until = None,
 ) -> None:
     """What a recipe will train, hold, write and take, before any of it is done: a few steps of each stage are tried."""
     from trivium.recipe_file import read_recipe

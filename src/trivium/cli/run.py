@@ -7,6 +7,13 @@ from typing import Annotated
 
 import typer
 
+RecipeFile = Annotated[Path, typer.Argument(help="The recipe, a YAML file.")]
+Changes = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. stages.chat.learning_rate=1e-4")
+]
+Out = Annotated[Path | None, typer.Option("--out", help="The run's folder; left out: runs/NAME.")]
+Until = Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")]
+
 
 def add_to(app: typer.Typer) -> None:
     app.command("run")(run)
@@ -15,12 +22,10 @@ def add_to(app: typer.Typer) -> None:
 
 
 def run(
-    recipe: Annotated[Path, typer.Argument(help="The recipe, a YAML file.")],
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="e.g. stages.chat.learning_rate=1e-4")
-    ] = None,
-    out: Annotated[Path | None, typer.Option("--out", help="The run's folder; left out: runs/NAME.")] = None,
-    until: Annotated[str | None, typer.Option("--until", metavar="STAGE", help="Stop after this stage.")] = None,
+    recipe: RecipeFile,
+    set_: Changes = None,
+    out: Out = None,
+    until: Until = None,
     fresh: Annotated[bool, typer.Option("--fresh", help="Start over; the old folder is kept aside.")] = False,
     accept_changed_data: Annotated[
         bool, typer.Option("--accept-changed-data", help="Go on with rows that changed while a stage was interrupted.")

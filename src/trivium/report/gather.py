@@ -11,10 +11,9 @@ from trivium.files import MANIFEST, damage, read_json
 from trivium.folder import RECORD, record_of
 from trivium.measures import MEASURES, START
 from trivium.summary import SHOWN, SUMMARY
-from trivium.train.log import read_log
+from trivium.train.log import LOG, read_log
 
 Json = dict[str, Any]
-LOG = "metrics.jsonl"
 
 
 @dataclass(frozen=True)

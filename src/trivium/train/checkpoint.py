@@ -221,13 +221,10 @@ def _contents(folder: Path) -> dict[str, Any] | None:
     state = read_json(folder / STATE)
     if not isinstance(state, dict):
         return None
-    typed = all((state[key] is None or isinstance(state[key], kind)) for key, kind in TYPES.items() if key in state)
-    numbers = (
-        all(isinstance(n, (int, float)) for key in ("costs", "saving") for n in (state.get(key) or {}).values())
-        if typed
-        else False
-    )
-    return state if numbers else None
+    if any(not isinstance(state[k], kind) for k, kind in TYPES.items() if state.get(k) is not None):
+        return None
+    costs = [n for key in ("costs", "saving") for n in (state.get(key) or {}).values()]
+    return state if all(isinstance(n, (int, float)) for n in costs) else None
 
 
 def steps_in(folder: Path) -> list[int]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from trivium.train.loop import StepLog
     from trivium.train.track import Tracker
 
+LOG = "metrics.jsonl"
 UNSHOWN = ("margin", "logprob_chosen", "logprob_rejected", "bits_per_byte")  # held-out metrics of the file alone
 
 
