@@ -60,6 +60,7 @@ class Training:
         self.log = self._log()
         self.guard = Guard(self.stage.skip_non_finite or 0, self.log.rows)
         self.best: dict[str, Any] = self.state.get("best") or {}
+        self.elsewhere: list[dict[str, int]] = self.state.get("halvings_elsewhere") or []  # in other processes
         self.stop = Stop()
         self.random: dict[str, torch.Tensor] = {}  # the random state after the last step
 
@@ -130,6 +131,7 @@ class Training:
     def _no_room(self, step: int, reason: str) -> None:
         """Smaller passes, and the random state as it was before the step."""
         self.passes.no_room(step, reason)
+        self.run.others.report(step=step, tokens=self.passes.tokens)
         snapshot.set_random_state(self.random, self.device)
         self.run.others.begin(int(self.stage.seed or 0), step - 1)
 
@@ -149,6 +151,7 @@ class Training:
         self.random = snapshot.random_state(self.device)
         self.reference.after_step(self.done)
         self.stop.requested |= self.run.others.asked
+        self.elsewhere += self.run.others.reported
         if self.run.others.first:  # it saves and ends, and the others with it
             self.stop.check()
         self._evaluated()
@@ -231,7 +234,8 @@ class Training:
         if self.saving:
             with self.log.paused():
                 state = {"steps": self.steps, "best": self.best, "elapsed": self.log.elapsed,
-                         "peak": self.peak_bytes(), "halvings": self.passes.halvings}  # fmt: skip
+                         "peak": self.peak_bytes(), "halvings": self.passes.halvings,
+                         "halvings_elsewhere": self.elsewhere}  # fmt: skip
                 also = {"rng": self.random, **({"reference": held} if (held := self.reference.tensors()) else {})}
                 self.saving.save(self.done, also, state, self.log.text(), best, beside)
 
@@ -269,7 +273,7 @@ class Training:
         skipped = [{k: row[k] for k in ("step", "skipped", "rows")} for row in self.guard.skipped]
         saved = self.saving.events() if self.saving else {}
         return {**saved, "skipped": skipped, "spikes": self.guard.spikes, "best": self.best,
-                "halvings": self.passes.halvings}  # fmt: skip
+                "halvings": self.passes.halvings, "halvings_elsewhere": self.elsewhere}  # fmt: skip
 
     def peak_bytes(self) -> int:
         """Of all attempts."""

@@ -99,6 +99,8 @@ def happened(stage: dict[str, Any]) -> list[str]:
         steps = ", ".join(dict.fromkeys(str(one["step"]) for one in halvings))
         times = f"{len(halvings)} time{'s' * (len(halvings) != 1)}"
         told.append(f"memory ran out {times} (step {steps}): {halvings[-1]['tokens']:,} tokens a pass since then")
+    for one in events.get("halvings_elsewhere") or ():
+        told.append(f"memory ran out in process {one['process']} (step {one['step']}): {one['tokens']:,} tokens a pass")
     if spikes := events.get("spikes"):
         told.append(f"the loss jumped at step {', '.join(str(one['step']) for one in spikes)}")
     if events.get("both_fell"):

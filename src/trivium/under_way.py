@@ -93,7 +93,8 @@ def under_way(out: Path, name: str, about: Mapping[str, Any], accept_changed_dat
                 remove_folder(mine.folder)
                 folder.rename(mine.folder)
         return mine
-    for folder in out.glob(f"*{TRAINING}/{mine.folder.name}"):
+    elsewhere = [f for f in out.glob(f"*{TRAINING}/{mine.folder.name}") if f != mine.folder and peek(f) is not None]
+    for folder in elsewhere:
         say(f"  note: this very training is under way as another stage, in {shown(folder)}; this one starts at step 1")
     for folder, state in found.items():
         apart = _apart(state.get("about", {}), about)

@@ -156,6 +156,7 @@ def test_a_training_without_its_checkpoints_does_not_begin_again_in_silence(cell
     ended = Process(recipe).wait()
     assert ended.code == 0, ended.said
     assert "an attempt before came to step 25, but has no checkpoint: this one starts at step 1" in ended.said
+    assert "under way as another stage" not in ended.said
 
 
 def test_a_renamed_stage_tells_of_the_training_under_its_former_name(cell):

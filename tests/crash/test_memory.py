@@ -103,13 +103,17 @@ def test_it_is_survived_with_dropout_and_the_same_again(cell):
 @pytest.mark.parametrize("name", [pytest.param("sft-lora", marks=pytest.mark.slow), "preference-kto"])
 def test_of_two_processes_one_halves_its_own_share(name, rank, cell):
     """The other one, which has room, waits for it and keeps to the plan of both."""
-    changed = no_dropout(name, batch_size=8, micro_batch_tokens=128)
+    changed = no_dropout(name, batch_size=8, micro_batch_tokens=96)
     one, two = cell(name, **changed), cell(name, **changed)
     assert Process(one).wait().code == 0
     start = running_out(TIGHT, from_step=6)
     ended = Several(two, meanwhile=lambda number: start() if number == rank else None).wait()
     assert [end.code for end in ended] == [0, 0], ended
-    assert bool(events(two)["halvings"]) == (rank == 0)
+    own, elsewhere = events(two)["halvings"], events(two)["halvings_elsewhere"]
+    assert bool(own) == (rank == 0) != bool(elsewhere)
+    if rank:
+        assert {(one["process"], one["step"]) for one in elsewhere} == {(1, 6)}
+        assert f"memory ran out in process 1 (step 6): {elsewhere[0]['tokens']} tokens a pass" in ended[0].said
     expected = weights(one)
     for key, tensor in weights(two).items():
         assert float((tensor - expected[key]).abs().max()) <= 1e-5, key

@@ -37,6 +37,7 @@ class Processes:
 
     rank, count = 0, 1
     asked = False  # whether another process was asked to stop
+    reported: Sequence[dict[str, Any]] = ()  # what befell the others in the last step, each with its ``process``
 
     @property
     def first(self) -> bool:
@@ -57,6 +58,9 @@ class Processes:
     def sums(self, sums: Sums) -> Sums:
         """A step's statistics over all processes."""
         return sums
+
+    def report(self, **what: Any) -> None:
+        """Let the first process know of this, with the statistics of the step: JSON."""
 
     def added(self, values: list[float]) -> list[float]:
         """Numbers added up over all processes."""

@@ -40,6 +40,7 @@ class Several(Processes):
         self.local = 0  # among those on its machine
         self.asked = False
         self.plan = 0  # of the step under way, in short
+        self.reports: list[dict[str, Any]] = []  # what befell this process in it
         self.watch: Watch | None = None
         self._store: Any = None  # kept, for the first process may be the one that holds it for all
         self._cards: Any = None  # the group that sums on cards, once it is needed
@@ -98,15 +99,20 @@ class Several(Processes):
         from trivium.objectives.base import Sums
 
         mine = {n: [float(value), sums.weights[n]] for n, value in sums.sums.items()}
-        found = self.gathered({"plan": self.plan, "sums": mine, "asked": interrupt.heard.is_set()})
+        told = {"plan": self.plan, "sums": mine, "asked": interrupt.heard.is_set(), "reports": self.reports}
+        found = self.gathered(told)
         assert all(f["plan"] == self.plan for f in found), "the processes have not planned the same step"
-        self.plan, self.asked = 0, any(f["asked"] for f in found)
+        self.plan, self.asked, self.reports = 0, any(f["asked"] for f in found), []
+        self.reported = [{"process": n, **one} for n, f in enumerate(found) for one in f["reports"] if n]
         whole = Sums()
         for each in found:
             for name, (value, weight) in each["sums"].items():
                 whole.sums[name] = whole.sums.get(name, torch.zeros((), dtype=torch.float64)) + value
                 whole.weights[name] = whole.weights.get(name, 0.0) + weight
         return whole
+
+    def report(self, **what: Any) -> None:
+        self.reports.append(what)
 
     def added(self, values: list[float]) -> list[float]:
         return [sum(each) for each in zip(*self.gathered(values), strict=True)]
