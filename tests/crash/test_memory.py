@@ -103,7 +103,7 @@ def test_it_is_survived_with_dropout_and_the_same_again(cell):
 @pytest.mark.parametrize("name", [pytest.param("sft-lora", marks=pytest.mark.slow), "preference-kto"])
 def test_of_two_processes_one_halves_its_own_share(name, rank, cell):
     """The other one, which has room, waits for it and keeps to the plan of both."""
-    changed = no_dropout(name, batch_size=8, micro_batch_tokens=96)
+    changed = no_dropout(name, batch_size=8, micro_batch_tokens=64)
     one, two = cell(name, **changed), cell(name, **changed)
     assert Process(one).wait().code == 0
     start = running_out(TIGHT, from_step=6)
