@@ -231,6 +231,8 @@ class Texts:
         name = getattr(node.func, "id", getattr(node.func, "attr", ""))
         if name == "nearest":
             return ["[; did you mean '{name}'?]"]
+        if name == "beside":
+            return ["[; in {folder} there is: {names}]"]
         if (
             name == "join"
             and node.args

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from trivium.errors import MOST, DataError, printable, said
+from trivium.errors import MOST, DataError, ModelError, beside, printable, said
+from trivium.model.load import locate
 
 
 @pytest.mark.parametrize(
@@ -47,3 +48,15 @@ def test_a_long_text_loses_its_middle():
 )  # fmt: skip
 def test_what_a_library_raised_in_words(error, told):
     assert said(error) == told
+
+
+def test_what_there_is_instead_of_a_missing_folder(tmp_path):
+    for name in ("base", "chat.training"):
+        (tmp_path / name).mkdir()
+    assert beside(tmp_path / "chat") == f"; in {tmp_path} there is: base, chat.training"
+    assert beside(tmp_path / "base") == "", "it is there"
+    assert beside(tmp_path / "base" / "x") == "", "nothing is"
+    assert beside(tmp_path / "nowhere" / "x") == ""
+    with pytest.raises(ModelError, match=r"chat: no such model folder\n") as found:
+        locate(str(tmp_path / "chat"))
+    assert found.value.remedy.endswith("there is: base, chat.training")

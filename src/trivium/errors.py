@@ -18,8 +18,10 @@ Our own mistake is an ``assert`` with a message, ends in a traceback and exit co
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterable
+from pathlib import Path
 
 
 class UserError(Exception):
@@ -116,3 +118,10 @@ def listed(names: Iterable[str], most: int = 12) -> str:
     names = sorted(names)
     more = f", ... ({len(names) - most} more)" if len(names) > most else ""
     return ", ".join(names[:most]) + more
+
+
+def beside(path: Path) -> str:
+    """``"; in runs there is: base, chat"``: what there is instead of ``path``; ``""`` where it exists, or nothing."""
+    readable = not path.exists() and path.parent.is_dir() and os.access(path.parent, os.R_OK)
+    names = [p.name for p in path.parent.iterdir()] if readable else []
+    return f"; in {path.parent} there is: {listed(names)}" if names else ""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trivium.errors import ModelError, RecipeError, said
+from trivium.errors import ModelError, RecipeError, beside, said
 from trivium.files import read_json, sha256_file, sha256_json, write_by, write_json
 from trivium.model.door import config_of, fetched, tokenizer_of
 from trivium.model.language_model import LanguageModel
@@ -163,7 +163,8 @@ def method_of(folder: Path) -> dict[str, Any] | None:
 
 def load_tokenizer(folder: Path) -> Any:
     if not folder.exists() and (folder.is_absolute() or len(folder.parts) != 2):
-        raise ModelError(f"{folder}: no such folder", "give a folder with a tokenizer, or a hub id (owner/name)")
+        remedy = f"give a folder with a tokenizer, or a hub id (owner/name){beside(folder)}"
+        raise ModelError(f"{folder}: no such folder", remedy)
 
     if folder.is_dir():
         check_files(folder)

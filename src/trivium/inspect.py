@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-from trivium.errors import ModelError
+from trivium.errors import ModelError, beside
 from trivium.files import folder_bytes, read_json
 from trivium.folder import base_of, is_adapter, record_of, rewards_in
 from trivium.model.headers import header
@@ -19,7 +19,7 @@ def described(source: str) -> dict[str, Any]:
     """Kind, architecture, parameters, bytes, dtype, base, lineage. Raises ModelError for what is no model folder."""
     folder = Path(source).expanduser()
     if not folder.exists():
-        raise ModelError(f"{source}: no such folder", "give a model or adapter folder")
+        raise ModelError(f"{source}: no such folder", f"give a model or adapter folder{beside(folder)}")
     if folder.is_file():
         locate(source)
         return {"path": str(folder), "kind": "GGUF file", "bytes": folder.stat().st_size}

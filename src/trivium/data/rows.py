@@ -30,7 +30,7 @@ from typing import IO, Any, cast
 from trivium.data.blocks import ROWS, BadRow, Block, Row
 from trivium.data.formats import Fields, RowError, Text, mapped, parse
 from trivium.data.readers import READERS, rows_of
-from trivium.errors import DataError, listed, nearest, said
+from trivium.errors import DataError, beside, nearest, said
 
 _ENDINGS = ", ".join(READERS) + ", each also with .gz or .zst"
 
@@ -188,9 +188,9 @@ def _missing(path: Path) -> DataError:
     parent = path.parent
     while not parent.is_dir() and parent != parent.parent:
         path, parent = parent, parent.parent
-    names = sorted(p.name for p in parent.iterdir()) if os.access(parent, os.R_OK) else []
+    names = [p.name for p in parent.iterdir()] if os.access(parent, os.R_OK) else []
     there = (
-        f"in {parent} there is: {listed(names)}" if names else f"{parent} is empty: put it there, or name another place"
+        f"name one that is there{beside(path)}" if names else f"{parent} is empty: put it there, or name another place"
     )
     return DataError(f"no such file or folder: {path}{nearest(path.name, names)}", there)
 

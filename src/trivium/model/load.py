@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from trivium.errors import ModelError, said
+from trivium.errors import ModelError, beside, said
 from trivium.files import exists
 from trivium.model.door import Extra, config_of, fetched, model_of, tokenizer_of
 from trivium.model.headers import check_gguf
@@ -178,9 +178,8 @@ def locate(source: str) -> tuple[str, Extra]:
         _check_folder(path)
         return str(path), {}
     if source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") != 1:
-        raise ModelError(
-            f"{source}: no such model folder", "give a model folder, a .gguf file, or a hub id (owner/name)"
-        )
+        remedy = f"give a model folder, a .gguf file, or a hub id (owner/name){beside(path)}"
+        raise ModelError(f"{source}: no such model folder", remedy)
     offline_where_unreachable()
     return source, {}
 
@@ -231,9 +230,9 @@ def clear_errors_of(source: str) -> Iterator[None]:
     except RecursionError:
         raise ModelError(f"{source}: its files are nested too deeply", "restore the folder") from None
     except Exception as error:  # transformers raises anything from KeyError to SafetensorError here
-        if not Path(source).expanduser().exists():
+        if not (path := Path(source).expanduser()).exists():
             offline = " (HF_HUB_OFFLINE is set)" if os.environ.get("HF_HUB_OFFLINE") else ""
-            remedy = "check the id and the network; a local model is given by its folder"
+            remedy = f"check the id and the network; a local model is given by its folder{beside(path)}"
             raise ModelError(f"{source}: no such folder, and the hub did not give it{offline}", remedy) from None
         if "trust_remote_code" in str(error) or "remote code" in str(error):
             remedy = "trivium runs no code from model folders; use a model that transformers itself knows"

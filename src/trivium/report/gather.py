@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from trivium.errors import ModelError, said
+from trivium.errors import ModelError, beside, said
 from trivium.files import MANIFEST, damage, read_json
 from trivium.folder import RECORD, record_of
 from trivium.measures import MEASURES, START
@@ -60,8 +60,9 @@ class RunView:
 def run_view(folder: Path) -> RunView:
     """Read a run's folder. Raises ModelError where it is none, or is damaged."""
     if not (folder / SUMMARY).is_file():
+        remedy = f"give the folder that `trivium run` wrote into{beside(folder)}"
         have = "it has no summary.json" if folder.is_dir() else "there is no such folder"
-        raise ModelError(f"{folder}: not a run of trivium, {have}", "give the folder that `trivium run` wrote into")
+        raise ModelError(f"{folder}: not a run of trivium, {have}", remedy)
     summary = read_json(folder / SUMMARY)
     try:
         models = _mapping(read_json(folder / MEASURES)) if (folder / MEASURES).is_file() else {}
