@@ -226,6 +226,13 @@ class Stage(Strict):
                 raise wrong(error.what, error.remedy) from None
         return value
 
+    @field_validator("loss", mode="before")
+    @classmethod
+    def _loss(cls, value: Any) -> Any:
+        for weight in value.values() if isinstance(value, dict) else ():
+            cls._no_switch(weight)
+        return value
+
     @field_validator("name")
     @classmethod
     def _name(cls, value: str) -> str:

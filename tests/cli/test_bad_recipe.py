@@ -101,6 +101,7 @@ CASES: dict[str, tuple[dict[str, Any], list[str]]] = {
     "a share of NaN": (changed(base={"eval_data": NAN}), ["stages.base.eval_data", "no share of the data"]),
     "a share of two": (changed(base={"eval_data": 2}), ["stages.base.eval_data", "no share of the data"]),
     "steps that are true": (changed(base={"max_steps": True}), ["stages.base.max_steps", "true is no value"]),
+    "a loss that is true": (changed(chat={"loss": {"next_token": True}}), ["stages.chat.loss", "true is no value"]),
     "steps that are words": (changed(base={"max_steps": "many"}), ["stages.base.max_steps", "'many'"]),
     "no steps": (changed(base={"max_steps": 0}), ["stages.base.max_steps"]),
     "a negative seed": (changed(seed=-1), ["seed", "-1"]),
