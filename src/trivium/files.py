@@ -273,12 +273,17 @@ def finish_folder(partial: Path, final: Path, about: Mapping[str, Any]) -> None:
 def remove_folder(path: Path) -> None:
     """Delete a folder so that no half of it keeps its name; nothing where it is not there."""
     gone = path.with_name(path.name + GONE)
-    with clear_errors(path, BLOCK):
-        if gone.exists():
-            _do("remove", gone, lambda: _remove(gone))
-        if path.exists():
-            _do("rename", gone, lambda: path.rename(gone))
-            _do("remove", gone, lambda: _remove(gone))
+    try:
+        with clear_errors(path, BLOCK):
+            if gone.exists():
+                _do("remove", gone, lambda: _remove(gone))
+            if path.exists():
+                _do("rename", gone, lambda: path.rename(gone))
+                _do("remove", gone, lambda: _remove(gone))
+    except BaseException:  # a signal, most often: what is begun is finished
+        with contextlib.suppress(OSError):
+            _remove(gone)
+        raise
 
 
 def _remove(path: Path) -> None:

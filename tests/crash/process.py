@@ -107,10 +107,10 @@ class Process:
                 end = time.monotonic() + 120
             time.sleep(0.002)
 
-    def wait_for(self, text: str) -> None:
-        """Until it has said ``text``."""
+    def wait_for(self, *texts: str) -> None:
+        """Until it has said one of these."""
         end = time.monotonic() + 60
-        while not self.log.exists() or text not in self.log.read_text(errors="replace"):
+        while not self.log.exists() or not any(text in self.log.read_text(errors="replace") for text in texts):
             assert time.monotonic() < end, self.log.read_text(errors="replace")
             time.sleep(0.002)
 

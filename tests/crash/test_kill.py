@@ -143,7 +143,7 @@ def test_every_example_exactly_once_per_epoch_however_often_it_is_killed(process
         while True:
             process = Process(killed, meanwhile=lambda killed=killed: tell_rows(killed, processes))
             if survived % 3:  # every third dies while its data is prepared, or before
-                process.wait_for("epochs of")
+                process.wait_for("epochs of", "done before")  # the latter where it was killed at its very end
             ended = process.wait(rng.uniform(0, 0.4) if survived < kills else 60, then=signal.SIGKILL)
             if not ended.killed:
                 break

@@ -96,7 +96,7 @@ ADAPTERS: dict[str, tuple[Spoil, str]] = {
     "a base that is a number": (on(7), "names no base"),  # type: ignore[arg-type]
     "a base that is a pipe": (base_that_is(pipe), "is no model"),
     "a base of 10 kB of path": (on("../" * 3000 + "x"), "its base model is not at"),
-    "a base with a zero byte": (on("a\0b"), "its base model is not at"),
+    "a base with a zero byte": (on("a\0b"), "an adapter that names no base"),
     "a base that is hostile": (
         base_that_is(lambda p: (p.mkdir(), rewrite(p / "config.json", model_type="x", auto_map={"AutoConfig": "e.C"}),
                                 (p / "model.safetensors").write_bytes(b"\x02" + bytes(7) + b"{}"))), "code of its own",

@@ -64,7 +64,7 @@ def documents(count: int = 40) -> list[Example]:
 def conversations(count: int = 40) -> list[Example]:
     """Two turns whose answers are trained, half of them behind one system prompt."""
     rng = np.random.default_rng(1)
-    system, found = rng.integers(0, VOCABULARY, 12), []
+    system, found = rng.integers(0, VOCABULARY, 18), []
     for number in range(count):
         parts = [rng.integers(0, VOCABULARY, rng.integers(2, 8)) for _ in range(4)]
         trained = np.concatenate([np.full(len(p), n % 2, np.float32) for n, p in enumerate(parts)])
