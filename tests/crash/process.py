@@ -6,6 +6,7 @@ A process is a fork of this one, in which everything is imported: it dies as any
 from __future__ import annotations
 
 import dataclasses
+import gc
 import json
 import os
 import signal
@@ -65,6 +66,7 @@ class Process:
         if self.pid:
             return
         code = 1
+        gc.freeze()  # what the tests have made is not the run's to look through, which would copy it
         try:
             handle = os.open(self.log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
             for stream in (1, 2):

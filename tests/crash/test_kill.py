@@ -45,7 +45,7 @@ def test_a_killed_run_ends_in_the_same_bits(name, kills, cell, tried):
     rng, survived = random.Random(name), 0
     while survived < kills:
         recipe = cell(name)
-        found = kill_until_done(recipe, rng, most=1.1 * took)
+        found = kill_until_done(recipe, rng, most=0.9 * took)
         assert result(recipe) == expected
         assert left_over(recipe.parent / "out") == []
         assert events(recipe)["attempts"] <= found + 1
