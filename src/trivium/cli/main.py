@@ -7,6 +7,7 @@ import sys
 
 import typer
 
+from trivium.circles import put_off
 from trivium.cli import compare, data, judge, merge, plan, run, talk
 from trivium.errors import DiskError, Interrupted, OutOfMemory, RecipeError, UserError
 from trivium.files import NO_ROOM
@@ -38,6 +39,7 @@ def main() -> None:
     """Run a command; a user's mistake becomes its message and exit code, never a traceback."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' own progress bars; ours says what is going on
+    put_off()
     stop_at_once()
     with together():
         _run()

@@ -9,9 +9,11 @@ file. It is looked at there as any folder is, and then read from that very commi
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any
 
+from trivium.circles import as_usual
 from trivium.errors import ModelError
 from trivium.files import read_json
 from trivium.model.untrusted import READ, TEMPLATES, check_files, check_folder, inside
@@ -19,6 +21,12 @@ from trivium.model.vocabulary import tried
 
 Extra = dict[str, Any]
 KEPT = {"trust_remote_code": False}  # nothing is run; without it transformers asks a person at the terminal
+
+
+def ready() -> None:
+    """Before the first model is made: what all of them are made with is imported."""
+    importlib.import_module("transformers.modeling_utils")
+    as_usual()
 
 
 def fetched(where: str, extra: Extra, weights: bool = False) -> tuple[str, Extra]:

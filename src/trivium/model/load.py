@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from trivium.errors import ModelError, beside, said
 from trivium.files import exists
-from trivium.model.door import Extra, config_of, fetched, model_of, tokenizer_of
+from trivium.model.door import Extra, config_of, fetched, model_of, ready, tokenizer_of
 from trivium.model.headers import check_gguf
 from trivium.model.language_model import LanguageModel
 from trivium.model.untrusted import check_files, check_folder, check_settings
@@ -80,6 +80,7 @@ def load_base(source: str, dtype: str, device: str, overrides: dict[str, Any] | 
     import torch
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+    ready()
     where, extra = locate(source)
     gguf = bool(extra)
     if gguf:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from trivium.errors import RecipeError, listed, nearest, said
+from trivium.model.door import ready
 from trivium.terminal import size
 from trivium.train.machine import free_memory
 
@@ -90,6 +91,7 @@ def new_model(config: Any, seed: int) -> Any:
     """Random weights, the same for the same seed; float32."""
     from transformers import AutoModelForCausalLM
 
+    ready()
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         return AutoModelForCausalLM.from_config(config, dtype=torch.float32)
