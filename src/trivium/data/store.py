@@ -132,7 +132,7 @@ class Store:
 
     def _numbers(self, part: int) -> dict[str, np.ndarray]:
         batch = self._opened(part)
-        return {n: batch.column(n).to_numpy(zero_copy_only=False).astype(t) for n, t in COLUMNS.items()}
+        return {n: _numpy(batch.column(n)).astype(t) for n, t in COLUMNS.items()}
 
     def example(self, number: int) -> Example:
         """Example ``number``, its tokens still lying where they are stored."""
@@ -161,9 +161,17 @@ class Store:
 
 
 def _list_at(column: pa.LargeListArray, at: int) -> np.ndarray:
-    ends = column.offsets[at : at + 2].to_numpy()
-    found: np.ndarray = column.values.slice(int(ends[0]), int(ends[1] - ends[0])).to_numpy()
-    return found
+    ends = _numpy(column.offsets[at : at + 2])
+    return _numpy(column.values.slice(int(ends[0]), int(ends[1] - ends[0])))
+
+
+def _numpy(array: pa.Array) -> np.ndarray:
+    """Numbers, none of them missing, where they lie; pyarrow's own way imports pandas where that is installed."""
+    if array.type.bit_width == 1:
+        bits = np.frombuffer(array.buffers()[1] or b"", np.uint8)
+        return np.unpackbits(bits, bitorder="little")[array.offset : array.offset + len(array)].astype(bool)
+    kind = np.dtype(array.type.to_pandas_dtype())  # a type of NumPy
+    return np.frombuffer(array.buffers()[1] or b"", kind)[array.offset : array.offset + len(array)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -206,9 +214,9 @@ class Examples(Sequence[Example]):
         for part in np.unique(part_of):
             numbers = np.sort(self.numbers[part_of == part])
             batch, at = store.batch(int(part)), numbers - store.starts[part]
-            ends = batch.column("tokens").offsets.to_numpy()
-            values, turns = (batch.column(n).values.to_numpy() for n in ("tokens", "spans"))
-            edges = batch.column("spans").offsets.to_numpy()
+            ends = _numpy(batch.column("tokens").offsets)
+            values, turns = (_numpy(batch.column(n).values) for n in ("tokens", "spans"))
+            edges = _numpy(batch.column("spans").offsets)
             # spans count from their example's first token; +1 where one starts, -1 where it ends
             owner = np.repeat(np.arange(batch.num_rows), np.diff(edges))
             steps = np.zeros(len(values) + 1, np.int8)
