@@ -45,7 +45,7 @@ def test_help_answers_at_once():
 
 
 @pytest.mark.parametrize(
-    "arguments", [["trian"], ["run"], ["generate"], ["inspect", "a", "b"], ["run", "x", "--bogus"]]
+    "arguments", [["trian"], ["run"], ["generate"], ["inspect", ".", "b"], ["run", "x", "--bogus"]]
 )
 def test_wrong_use_is_exit_code_2(arguments, trivium):
     done = trivium(*arguments)

@@ -441,14 +441,14 @@ def test_a_mistake_of_a_command_is_named(name, chain, walk, here, trivium, quick
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["judge", "a", "b"],
-        ["score", "a"],
-        ["data", "rank", "a", "--reward", "b", "--out", "x", "-n", "1"],
-        ["data", "rank", "a", "--reward", "b", "--out", "x", "--temperature", "nan"],
-        ["data", "rank", "a", "--reward", "b"],
-        ["judge", "a", "b", "--prompts", "c", "--most", "0"],
-        ["judge", "a", "b", "--prompts", "c", "--max-new-tokens", "x"],
-        ["generate", "a", "b", "--best-of", "0"],
+        ["judge", ".", "."],
+        ["score", "."],
+        ["data", "rank", "a", "--reward", ".", "--out", "x", "-n", "1"],
+        ["data", "rank", "a", "--reward", ".", "--out", "x", "--temperature", "nan"],
+        ["data", "rank", "a", "--reward", "."],
+        ["judge", ".", ".", "--prompts", "c", "--most", "0"],
+        ["judge", ".", ".", "--prompts", "c", "--max-new-tokens", "x"],
+        ["generate", ".", "b", "--best-of", "0"],
     ],
 )
 def test_an_option_out_of_range(arguments, trivium):

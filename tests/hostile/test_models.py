@@ -351,7 +351,7 @@ GGUF: dict[str, tuple[Callable[[Path], Any], str]] = {
         "adapter_config.json",
     ),
     "nothing in it": (lambda p: gguf(p, []), ""),
-    "a pipe": (pipe, "no such model folder"),
+    "a pipe": (pipe, "not a model"),
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
+from trivium.cli.given import there
 from trivium.errors import DataError, DiskError, ModelError, nearest
 
 if TYPE_CHECKING:
@@ -42,10 +43,15 @@ def add_to(app: typer.Typer) -> None:
 
 def rank(
     files: Files,
-    reward: Annotated[str, typer.Option("--reward", metavar="DIR", help="The reward model that ranks them.")],
+    reward: Annotated[
+        str, typer.Option("--reward", metavar="DIR", callback=there, help="The reward model that ranks them.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="The file of pairs (.jsonl) to write.")],
     sample: Annotated[
-        str | None, typer.Option("--sample", metavar="DIR", help="A model that answers the prompts, instead of theirs.")
+        str | None,
+        typer.Option(
+            "--sample", metavar="DIR", callback=there, help="A model that answers the prompts, instead of theirs."
+        ),
     ] = None,
     n: Annotated[int | None, typer.Option("-n", min=2, help="Answers drawn to each prompt (4).")] = None,
     temperature: Annotated[float | None, typer.Option(min=0.01, help="Of the answers that are drawn (0.8).")] = None,

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from trivium.cli.data import check_place, mixes
+from trivium.cli.given import there
 from trivium.errors import DataError
 
 Rows = Annotated[list[str], typer.Argument(metavar="ROWS...", help="Files, folders, globs, or hf://owner/name/path.")]
@@ -22,7 +23,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def score(
-    folder: Annotated[str, typer.Argument(metavar="DIR", help="A reward model's folder.")], rows: Rows, out: Out = None
+    folder: Annotated[str, typer.Argument(metavar="DIR", callback=there, help="A reward model's folder.")],
+    rows: Rows,
+    out: Out = None,
 ) -> None:
     """Rewards for rows: pairs, scored lists, ratings or conversations. One JSON line each, and a sum at the end."""
     check_place(out)
@@ -37,10 +40,14 @@ def score(
 
 
 def judge(
-    new: Annotated[str, typer.Argument(metavar="NEW", help="The model's folder.")],
-    parent: Annotated[str, typer.Argument(metavar="PARENT", help="The folder of the model that it was made of.")],
+    new: Annotated[str, typer.Argument(metavar="NEW", callback=there, help="The model's folder.")],
+    parent: Annotated[
+        str, typer.Argument(metavar="PARENT", callback=there, help="The folder of the model that it was made of.")
+    ],
     prompts: Annotated[list[str], typer.Option("--prompts", metavar="ROWS", help="Rows whose prompts are asked.")],
-    reward: Annotated[str | None, typer.Option("--reward", metavar="DIR", help="A reward model judges.")] = None,
+    reward: Annotated[
+        str | None, typer.Option("--reward", metavar="DIR", callback=there, help="A reward model judges.")
+    ] = None,
     endpoint: Annotated[
         str | None,
         typer.Option("--endpoint", metavar="URL", help="An OpenAI-compatible endpoint judges (key: OPENAI_API_KEY)."),

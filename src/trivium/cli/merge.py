@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from trivium.cli.given import there
 from trivium.errors import RecipeError
 from trivium.terminal import say
 
@@ -16,7 +17,9 @@ def add_to(app: typer.Typer) -> None:
 
 
 def merge(
-    adapters: Annotated[list[str], typer.Argument(metavar="ADAPTER...", help="Adapter folders; several: LoRAs.")],
+    adapters: Annotated[
+        list[str], typer.Argument(metavar="ADAPTER...", callback=there, help="Adapter folders; several: LoRAs.")
+    ],
     out: Annotated[Path, typer.Option("--out", help="The folder of the merged model.")],
     how: Annotated[
         str, typer.Option("--how", help="How several become one: cat, linear, svd, ties, dare, dare_ties.")

@@ -8,9 +8,12 @@ from typing import Annotated
 
 import typer
 
+from trivium.cli.given import there
 from trivium.errors import ModelError
 
-Folder = Annotated[str, typer.Argument(metavar="DIR", help="A model or adapter folder, a .gguf file, or a hub id.")]
+Folder = Annotated[
+    str, typer.Argument(metavar="DIR", callback=there, help="A model or adapter folder, a .gguf file, or a hub id.")
+]
 Temperature = Annotated[float, typer.Option(min=0, help="0: always the likeliest token.")]
 Most = Annotated[int, typer.Option("--max-new-tokens", min=1, help="Stop after so many tokens.")]
 Seed = Annotated[int, typer.Option(min=0, max=2**63 - 1, help="Seed of the sampling.")]
@@ -32,7 +35,7 @@ def generate(
     ] = False,
     best_of: Annotated[int, typer.Option("--best-of", min=1, help="Draw so many answers, print the best.")] = 1,
     reward: Annotated[
-        str | None, typer.Option("--reward", metavar="DIR", help="The reward model that says so.")
+        str | None, typer.Option("--reward", metavar="DIR", callback=there, help="The reward model that says so.")
     ] = None,
 ) -> None:
     """Answer one prompt."""

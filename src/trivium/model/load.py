@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from trivium.errors import ModelError, beside, said
-from trivium.files import exists
+from trivium.files import exists, model_there
 from trivium.model.door import Extra, config_of, fetched, model_of, ready, tokenizer_of
 from trivium.model.headers import check_gguf
 from trivium.model.language_model import LanguageModel
@@ -178,9 +178,9 @@ def locate(source: str) -> tuple[str, Extra]:
     if exists(path) and path.is_dir():
         _check_folder(path)
         return str(path), {}
-    if source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") != 1:
-        remedy = f"give a model folder, a .gguf file, or a hub id (owner/name){beside(path)}"
-        raise ModelError(f"{source}: no such model folder", remedy)
+    if exists(path):  # a pipe, a socket, a device
+        raise ModelError(f"{path}: not a model", "give a model folder, a .gguf file, or a hub id")
+    model_there(source)
     offline_where_unreachable()
     return source, {}
 

@@ -124,11 +124,10 @@ class _LogProb(torch.autograd.Function):
         logprob = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
         used, used_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
         for at in _chunks(len(target), len(weight)):
-            logits = _capped(F.linear(hidden[at], used, used_bias).float().mul_(scale), cap)
-            lse = logits.logsumexp(1)
-            logprob[at] = logits.gather(1, target[at, None])[:, 0] - lse
+            logits = _logits(hidden[at], used, used_bias, scale, cap)
+            logprob[at], miss = _miss(logits, target[at], cap if keep is not None else None)
             if keep is not None:
-                keep[at] = _unit(logits, lse, target[at], scale, cap).to(hidden.dtype) @ used
+                keep[at] = (miss.to(hidden.dtype) @ used).mul_(-scale)
         ctx.save_for_backward(keep if keep is not None else hidden, weight, bias, target)
         return logprob
 
@@ -143,15 +142,15 @@ class _LogProb(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and need_bias else None
         for at in _chunks(len(target), len(weight)):
-            logits = _capped(F.linear(hidden[at], used, used_bias).float().mul_(ctx.scale), ctx.cap)
-            unit = _unit(logits, logits.logsumexp(1), target[at], ctx.scale, ctx.cap).mul_(grad[at, None])
+            logits = _logits(hidden[at], used, used_bias, ctx.scale, ctx.cap)
+            _, miss = _miss(logits, target[at], ctx.cap)
+            outer = grad[at, None] * -ctx.scale
             if grad_bias is not None:
-                grad_bias += unit.sum(0)
-            unit = unit.to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[at] = unit @ used
+                grad_bias.addmv_(miss.t(), outer[:, 0])
             if grad_weight is not None:
-                grad_weight.addmm_(unit.t().to(grad_weight.dtype), hidden[at].to(grad_weight.dtype))
+                grad_weight.addmm_(miss.t(), hidden[at].float() * outer)
+            if grad_hidden is not None:
+                grad_hidden[at] = (miss.to(hidden.dtype) @ used).mul_(outer)
         cast = [g if g is None else g.to(weight.dtype) for g in (grad_weight, grad_bias)]
         return grad_hidden, cast[0], cast[1], None, None, None
 
@@ -161,9 +160,21 @@ def _chunks(entries: int, vocabulary: int) -> list[slice]:
     return [slice(start, min(start + size, entries)) for start in range(0, entries, size)]
 
 
-def _unit(logits: Tensor, lse: Tensor, target: Tensor, scale: float, cap: float | None) -> Tensor:
-    """d logprob / d (h W^T + b), ``[C, V]``; reuses the memory of ``logits`` where it can."""
-    slope = None if cap is None else (1 - (logits / cap).square_()).mul_(scale)
-    unit = (logits - lse[:, None]).exp_().neg_()
-    unit.scatter_add_(1, target[:, None], torch.ones_like(target, dtype=unit.dtype)[:, None])
-    return unit.mul_(scale) if slope is None else unit.mul_(slope)
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, cap: float | None) -> Tensor:
+    """``[C, D]`` -> ``[C, V]`` in float32, scaled and capped."""
+    logits = F.linear(hidden, weight, bias).float()
+    return _capped(logits if scale == 1.0 else logits.mul_(scale), cap)
+
+
+def _miss(logits: Tensor, target: Tensor, cap: float | None) -> tuple[Tensor, Tensor]:
+    """The log-probabilities ``[C]``, and by how much the shares miss the target, softmax(logits) - onehot(target)
+    ``[C, V]``: what the negative log-probability's gradient is before the cap. It takes the place of ``logits``.
+
+    Written out, log-sum-exp and softmax are eight passes over the logits and twice their memory; this is three.
+    """
+    slope = None if cap is None else (logits / cap).square_().neg_().add_(1)
+    picked, largest = logits.gather(1, target[:, None])[:, 0], logits.amax(1)
+    shares = torch.softmax(logits, 1, out=logits)
+    logprob = picked - (largest - shares.amax(1).log())  # the largest share is 1 / V at least: its logarithm is exact
+    miss = shares.scatter_add_(1, target[:, None], torch.full_like(picked, -1)[:, None])
+    return logprob, miss if slope is None else miss.mul_(slope)
