@@ -23,6 +23,8 @@ from trivium.files import BLOCK, clear_errors
 LOCK = ".lock"
 PATIENCE = 1.0  # seconds in which whoever has taken a lock writes who it is
 
+_ours: dict[int, Path] = {}  # what this process holds
+
 
 @contextlib.contextmanager
 def only_run(folder: Path) -> Iterator[str | None]:
@@ -31,6 +33,7 @@ def only_run(folder: Path) -> Iterator[str | None]:
     path = folder / LOCK
     with clear_errors(path, BLOCK):
         handle = _open(path)
+    _ours[handle] = path
     try:
         left = _read(handle)
         os.ftruncate(handle, 0)
@@ -43,9 +46,21 @@ def only_run(folder: Path) -> Iterator[str | None]:
             else None
         )
     finally:
-        with contextlib.suppress(OSError):  # while it is still held: whoever waits for it looks again
-            path.unlink()
-        os.close(handle)
+        _let_go(handle)
+
+
+def let_go() -> None:
+    """At the end of the process, when no signal can come any more: one may have come amid the end of a block."""
+    for handle in list(_ours):
+        _let_go(handle)
+
+
+def _let_go(handle: int) -> None:
+    with contextlib.suppress(OSError):  # while it is still held: whoever waits for it looks again
+        if _at(handle, _ours[handle]):  # else it was deleted before, and another's lies there
+            _ours[handle].unlink()
+    del _ours[handle]
+    os.close(handle)
 
 
 def _open(path: Path) -> int:
@@ -60,12 +75,15 @@ def _open(path: Path) -> int:
                 raise _busy(path, other)
             time.sleep(0.01)  # its holder has not yet written who it is, over what a dead one left
             continue
-        try:
-            if os.fstat(handle).st_ino == path.stat().st_ino:
+        with contextlib.suppress(FileNotFoundError):
+            if _at(handle, path):
                 return handle
-        except FileNotFoundError:
-            pass
         os.close(handle)  # its holder has just deleted it
+
+
+def _at(handle: int, path: Path) -> bool:
+    """Whether the open file is the one that lies there. Raises FileNotFoundError."""
+    return os.fstat(handle).st_ino == path.stat().st_ino
 
 
 def _held(handle: int) -> bool:

@@ -34,7 +34,8 @@ def test_it_says_of_every_stage_what_the_run_did(planned, walk):
         assert {k: stage["rows"][k] for k in ("read", "used", "held_out")} == {
             k: record["rows"][k] for k in ("read", "used", "held_out")
         }
-        assert stage["memory"]["peak"] == pytest.approx(record["peak_memory_bytes"], rel=0.3)  # other tests' memory too
+        # the tests' own memory is in both, and grows: benchmarks/planned.py compares processes of their own
+        assert 0.5 < stage["memory"]["peak"] / record["peak_memory_bytes"] < 2
         assert stage["disk"]["result"] == pytest.approx(record["bytes_on_disk"], rel=0.15, abs=20_000)
         assert stage["seconds"]["training"] > 0
         assert stage["seconds"]["evaluation"] > 0

@@ -17,7 +17,8 @@ from tests.crash.disk import Asked, operations, put
 from tests.crash.process import Process, events, left_over, result
 
 from trivium.errors import BusyError
-from trivium.lock import only_run
+from trivium.interrupt import Stopped
+from trivium.lock import let_go, only_run
 
 SAVED = re.compile(
     r"error: interrupted at step (\d+) of 60 of x, which is saved\n  run the same command again to go on\n$"
@@ -106,6 +107,32 @@ def test_a_signal_at_any_operation_on_the_disk(number, times, every, cell, tried
         assert events(recipe)["steps_repeated"] == 0, f"operation {k}"
         assert result(recipe) == expected, f"operation {k}"
         shutil.rmtree(recipe.parent)
+
+
+@pytest.mark.promise(11)
+@pytest.mark.parametrize("late", [False, True])
+def test_a_signal_amid_the_letting_go_of_the_lock(late, tmp_path, monkeypatch):
+    """The end of the process lets go of it then; and of no other's that has come meanwhile."""
+    unlink = Path.unlink
+
+    def interrupted(path: Path) -> None:
+        monkeypatch.setattr(Path, "unlink", unlink)
+        if late:
+            unlink(path)
+        raise Stopped
+
+    with pytest.raises(Stopped), only_run(tmp_path):
+        monkeypatch.setattr(Path, "unlink", interrupted)
+    other = tmp_path / ".lock"
+    assert other.exists() != late
+    if late:
+        other.write_text("{}", encoding="utf-8")
+    let_go()
+    assert other.exists() == late
+    let_go()
+    with only_run(tmp_path):
+        assert other.exists()
+    assert not other.exists()
 
 
 @pytest.mark.promise(11)

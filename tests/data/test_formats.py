@@ -393,7 +393,8 @@ JUNK = st.recursive(
 )
 LIKELY = st.lists(st.fixed_dictionaries({"role": WORDS, "content": JUNK}, optional={"tool_calls": JUNK}), max_size=3)
 KINDS: dict[str, tuple[type, ...]] = {
-    "text": (Text,), "conversation": (Conversation,), "pair": (Pair, Scored), "rating": (Rating,), "prompt": (Prompt,),
+    "text": (Text,), "conversation": (Conversation,), "pair": (Pair, Scored), "rating": (Rating, Pair, Scored),
+    "prompt": (Prompt,),
 }  # fmt: skip
 
 

@@ -112,10 +112,16 @@ def test_gradients_are_summed_and_none_stays_none(bucket, monkeypatch):
 def test_statistics_are_summed_each_by_its_own_weight():
     sums = Sums()
     sums.add(Result(torch.tensor(2.0), {"loss": torch.tensor(2.0), "chosen": torch.tensor(6.0)}, {"chosen": 2.0}), 4.0)
-    other = {"plan": 0, "asked": False, "sums": {"loss": [4.0, 8.0], "only there": [3.0, 1.0]}}
+    other = {
+        "plan": 0,
+        "asked": False,
+        "reports": [{"step": 3}],
+        "sums": {"loss": [4.0, 8.0], "only there": [3.0, 1.0]},
+    }
     found = Pair(lambda mine: other)
     assert found.sums(sums).means() == {"loss": 0.5, "chosen": 3.0, "only there": 3.0}
     assert not found.asked
+    assert found.reported == [{"process": 1, "step": 3}]
     found.other = lambda mine: {**other, "asked": True}
     found.sums(Sums())
     assert found.asked, "a request to stop is everybody's"

@@ -12,6 +12,7 @@ from trivium.cli import compare, data, judge, merge, plan, run, talk
 from trivium.errors import DiskError, Interrupted, OutOfMemory, RecipeError, UserError
 from trivium.files import NO_ROOM
 from trivium.interrupt import Stopped, asked, ignore, stop_at_once
+from trivium.lock import let_go
 from trivium.terminal import mute, say
 from trivium.train.passes import REMEDY, ran_out, reason_of
 from trivium.train.processes import asked_for, current, together
@@ -85,6 +86,7 @@ def _close_output() -> None:
 
 def _stop(error: UserError) -> None:
     ignore()
+    let_go()
     code, tells = current().last_words(error)
     if tells:
         mute(False)
