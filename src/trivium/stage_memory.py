@@ -28,7 +28,7 @@ from trivium.train.machine import free_memory, held_memory
 # Tensors that a layer's backward pass holds besides what is kept: of the MLP's inner width, and of the model's.
 WORKING_INNER, WORKING_WIDTH = 6, 6
 BUFFERS = 60 * 10**6  # that the products' library takes once it is used in earnest
-READOUT = 3  # chunks of logits: they, what becomes of them, and the gradient
+READOUT = 2  # chunks of logits: they, and what is made of them
 MOMENTS = {"adamw": 2, "muon": 1}  # float32 numbers that an optimizer keeps of a trained one
 
 
