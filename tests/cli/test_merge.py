@@ -116,7 +116,7 @@ def test_several_loras_become_one(trivium, walk, tmp_path):
         (["{chat}", "{aligned}", "--weights", "1,x"], 2, "--weights 1,x: not numbers"),
         (["{chat}", "{aligned}", "--weights", "1"], 2, "weights [1.0] for 2 LoRAs"),
         (["{chat}", "{aligned}", "--how", "ties"], 2, "ties with density None"),
-        (["nowhere"], 2, "nowhere: not an adapter folder"),
+        (["nowhere"], 2, "nowhere: no such model folder"),
     ],
 )
 def test_mistakes(trivium, walk, tmp_path, arguments, code, said):

@@ -8,6 +8,7 @@ import re
 import shutil
 import signal
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -29,6 +30,19 @@ def change(recipe: Path, **values: object) -> None:
     read = yaml.safe_load(recipe.read_text(encoding="utf-8"))
     read["stages"][0] |= values
     recipe.write_text(yaml.safe_dump(read), encoding="utf-8")
+
+
+def climbing_later() -> None:
+    """In this process: after half of the steps the loss is climbed, so that the best model is not the last."""
+    from trivium.train import loop
+
+    rate, done = loop.set_rate, [0]
+
+    def turned(optimizers: Any, factor: float) -> None:
+        done[0] += 1
+        rate(optimizers, factor if done[0] <= 30 else -factor)
+
+    loop.set_rate = turned
 
 
 EDITS = {
@@ -77,8 +91,8 @@ def test_changed_data_can_be_accepted(cell):
 
 @pytest.mark.promise(10)
 def test_new_data_for_a_finished_stage_is_meant_though_its_best_checkpoint_is_kept(cell):
-    recipe = cell("sft-full", learning_rate=3e-2, eval_every=5)
-    assert "its checkpoint is kept in" in Process(recipe).wait().said
+    recipe = cell("sft-full", eval_every=5)
+    assert "its checkpoint is kept in" in Process(recipe, meanwhile=climbing_later).wait().said
     file = recipe.parent / "chats.jsonl"
     file.write_text(file.read_text(encoding="utf-8") + '{"prompt": "red", "completion": "blue"}\n', encoding="utf-8")
     ended = Process(recipe).wait()
@@ -277,11 +291,12 @@ def test_steps_left_out_before_a_kill_still_count(cell):
 
 
 def test_the_best_model_can_be_the_result_without_training_again(cell):
-    recipe = cell("sft-full", learning_rate=3e-2, eval_every=5)
-    ended = Process(recipe).wait()
+    recipe = cell("sft-full", eval_every=5)
+    ended = Process(recipe, meanwhile=climbing_later).wait()
     assert ended.code == 0, ended.said
     told = re.search(r"the held-out loss was lowest after step (\d+): (\d\.\d+)\n", ended.said)
-    assert told, f"this data should be learnt by heart: {ended.said}"
+    assert told, ended.said
+    assert 30 <= int(told[1]) < 45
     last = json.loads((recipe.parent / "out" / "x" / "trivium.json").read_text(encoding="utf-8"))
     assert last["metrics"]["after_loss"] > float(told[2])
     change(recipe, result="best")
@@ -291,8 +306,8 @@ def test_the_best_model_can_be_the_result_without_training_again(cell):
     best = json.loads((recipe.parent / "out" / "x" / "trivium.json").read_text(encoding="utf-8"))
     assert best["metrics"]["after_loss"] == pytest.approx(float(told[2]), abs=1e-3)
     assert not list((recipe.parent / "out").glob("x.training*"))
-    declared = cell("sft-full", learning_rate=3e-2, eval_every=5, result="best")
-    assert Process(declared).wait().code == 0
+    declared = cell("sft-full", eval_every=5, result="best")
+    assert Process(declared, meanwhile=climbing_later).wait().code == 0
     one, other = result(declared), result(recipe)
     assert one["files"] == other["files"]
     assert one["rows"] == other["rows"] or len(one["rows"]) == len(other["rows"]) + 1
