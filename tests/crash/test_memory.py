@@ -51,11 +51,12 @@ def running_out(over: int, from_step: int = 1, backward: bool = False):
 
 
 def no_dropout(name: str, **more):
-    """Dropout is drawn pass by pass: with it, other passes are another training. The rate is a usual one: where a
-    gradient is all rounding, AdamW makes a step of it that is as large as any other."""
+    """Dropout is drawn pass by pass: with it, other passes are another training. The rate is a usual one of its method:
+    where a gradient is all rounding, AdamW makes a step of it that is as large as any other."""
     method = CELLS[name]["method"]
     plain = {**method, "dropout": 0.0} if isinstance(method, dict) else method
-    return {"method": plain, "dropout": 0.0, "max_steps": 20, "learning_rate": 1e-3,
+    rate = 2e-4 if method == "full" else 1e-3
+    return {"method": plain, "dropout": 0.0, "max_steps": 20, "learning_rate": rate,
             "micro_batch_tokens": ROOMY, **more}  # fmt: skip
 
 
