@@ -1,6 +1,6 @@
 # make demo      a story model from nothing through all three steps, on a CPU
 # make test      lint, types and the fast tests
-# make test-all  the slow tests too, about 35 minutes on two cores; where all pass, docs/reliability.md is written anew
+# make test-all  the slow tests too, about 25 minutes on two cores; where all pass, docs/reliability.md is written anew
 # make lint      ruff and mypy alone
 # make bench     trivium beside other tools (benchmarks/bench.py says how long); needs the network the first time
 # make clean     caches and build results; the environment stays
