@@ -21,7 +21,7 @@ test: lint
 	$(PYTEST)
 
 test-all: lint
-	$(PYTEST) -m "slow or not slow" --reliability .reliability.md
+	$(PYTEST) -m "slow or not slow" --reliability=.reliability.md  # joined: else one that is there is taken for a test file
 	mv .reliability.md docs/reliability.md
 
 lint: .venv/installed-test
