@@ -20,8 +20,9 @@ demo: .venv/installed-run
 test: lint
 	$(PYTEST)
 
+# With a = , for pytest takes a file that is there, which an earlier run has left, for one of tests.
 test-all: lint
-	$(PYTEST) -m "slow or not slow" --reliability=.reliability.md  # joined: else one that is there is taken for a test file
+	$(PYTEST) -m "slow or not slow" --reliability=.reliability.md
 	mv .reliability.md docs/reliability.md
 
 lint: .venv/installed-test

@@ -20,7 +20,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trivium.errors import DiskError, ModelError, UserError, beside
+from trivium.errors import DiskError, ModelError, UserError
 from trivium.terminal import size
 
 if TYPE_CHECKING:
@@ -97,16 +97,6 @@ def exists(path: Path) -> bool:
         return path.exists()
     except (OSError, ValueError):
         return False
-
-
-def model_there(source: str) -> str:
-    """``source``, if there is such a file or folder, or it may be a hub id. Raises ModelError: at once, without the
-    seconds that it takes to import what reads models."""
-    path = Path(source).expanduser()
-    if not exists(path) and (source.startswith((".", "/", "~")) or source.endswith(".gguf") or source.count("/") != 1):
-        remedy = f"give a model folder, a .gguf file, or a hub id (owner/name){beside(path)}"
-        raise ModelError(f"{source}: no such model folder", remedy)
-    return source
 
 
 def _existing(path: Path) -> Path:

@@ -34,8 +34,6 @@ def test_it_says_of_every_stage_what_the_run_did(planned, walk):
         assert {k: stage["rows"][k] for k in ("read", "used", "held_out")} == {
             k: record["rows"][k] for k in ("read", "used", "held_out")
         }
-        # the tests' own memory is in both, and grows: benchmarks/planned.py compares processes of their own
-        assert 0.5 < stage["memory"]["peak"] / record["peak_memory_bytes"] < 2
         assert stage["disk"]["result"] == pytest.approx(record["bytes_on_disk"], rel=0.15, abs=20_000)
         assert stage["seconds"]["training"] > 0
         assert stage["seconds"]["evaluation"] > 0
@@ -65,6 +63,8 @@ def test_as_a_command_and_beside_what_came(data, tmp_path, trivium, write_recipe
     plan = json.loads((out / PLAN).read_text(encoding="utf-8"))
     for stage, told in zip(summary["stages"], plan["stages"], strict=True):
         assert stage["planned"]["peak"] == told["memory"]["peak"]
+        # the tests' own memory is in both, which was as large a moment ago
+        assert stage["planned"]["peak"] == pytest.approx(stage["peak_memory_bytes"], rel=0.3)
         assert stage["planned"]["seconds"] == sum(told["seconds"][k] for k in TIMES)
     assert "planned " in (out / "report.html").read_text(encoding="utf-8")
     again = trivium("plan", recipe, "--out", out)

@@ -17,10 +17,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from trivium.errors import ModelError, beside, said
-from trivium.files import exists, model_there
+from trivium.files import exists
 from trivium.model.door import Extra, config_of, fetched, model_of, ready, tokenizer_of
 from trivium.model.headers import check_gguf
 from trivium.model.language_model import LanguageModel
+from trivium.model.named import there
 from trivium.model.untrusted import check_files, check_folder, check_settings
 from trivium.virtual import NEW_HEADS
 
@@ -180,7 +181,7 @@ def locate(source: str) -> tuple[str, Extra]:
         return str(path), {}
     if exists(path):  # a pipe, a socket, a device
         raise ModelError(f"{path}: not a model", "give a model folder, a .gguf file, or a hub id")
-    model_there(source)
+    there(source)
     offline_where_unreachable()
     return source, {}
 
