@@ -20,6 +20,7 @@ from trivium.sources import held_out_from, held_out_share, trained_on
 from trivium.stages import STAGES, rows_of
 from trivium.terminal import say
 from trivium.train.passes import Passes
+from trivium.train.processes import dealt
 
 LEAST_BALANCE, MOST_BALANCE = 0.75, 1.5  # of good answers against bad ones, in KTO; a little outside says nothing
 BLOCK = 1024  # rows that are read and packed at a time
@@ -108,16 +109,20 @@ def run_order(stage: Stage, data: Prepared) -> RunOrder:
     return RunOrder(data.examples.sizes, batching, data.sources)
 
 
-def packed(examples: Sequence[Example], tokens: int, device: object) -> Iterator[Forest]:
+def packed(examples: Sequence[Example], tokens: int, device: object, processes: int = 1) -> Iterator[Forest]:
     """Examples packed for passes of at most ``tokens`` tokens, in which what they have in common takes its place once.
 
-    Rows are read `BLOCK` at a time, and those of a block are packed together: a data set need not fit in memory.
+    Rows are read `BLOCK` at a time, and those of a block are packed together: a data set need not fit in memory. For
+    several processes they are dealt out first: a pass that holds a whole step would leave all others idle.
     """
     for start in range(0, len(examples), BLOCK):
         some = examples[start : start + BLOCK]
         sizes = some.sizes if isinstance(some, Examples) else [e.tokens for e in some]
         rows = list(some)
-        yield from (lay_out([rows[i] for i in g]).to(str(device)) for g in pack_shared(rows, sizes, tokens))
+        for hand in dealt(sizes, processes):
+            own = [rows[i] for i in hand]
+            groups = pack_shared(own, [sizes[i] for i in hand], tokens)
+            yield from (lay_out([own[i] for i in g]).to(str(device)) for g in groups)
 
 
 def fitted(forests: Sequence[Forest], passes: Passes, device: object) -> Iterator[Forest]:
@@ -126,7 +131,9 @@ def fitted(forests: Sequence[Forest], passes: Passes, device: object) -> Iterato
         yield from packed(forest.examples, passes.tokens, device) if passes.halvings else (forest,)
 
 
-def beside(goal: Objective, examples: Sequence[Example], tokens: int, device: object) -> Iterator[Forest]:
+def beside(
+    goal: Objective, examples: Sequence[Example], tokens: int, device: object, processes: int = 1
+) -> Iterator[Forest]:
     """What an objective's first pass over some examples reads; nothing where it makes none."""
     if goal.first is not None:
-        yield from packed(goal.first.examples(list(examples)), tokens, device)
+        yield from packed(goal.first.examples(list(examples)), tokens, device, processes)

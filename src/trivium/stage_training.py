@@ -98,23 +98,24 @@ class Training:
     def _task(self) -> Task:
         stage, work, model = self.stage, self.work, self.model
         examples, tokens = work.data.examples, int(stage.micro_batch_tokens or 1)
+        device, count = model.device, self.run.others.count
 
         def batches(n: int) -> Iterator[Forest]:
             self.run.others.begin(int(stage.seed or 0), n)
-            return packed(examples.at(work.order.chosen(n)), tokens, model.device)
+            return packed(examples.at(work.order.chosen(n)), tokens, device, count)
 
         return Task(
             objective=work.goal,
             logprob=model.logprob if stage.memory is None else self._lean,
             reference=self.reference,
             batches=batches,
-            beside=lambda n: beside(work.goal, list(examples.at(work.order.chosen(n))), tokens, model.device),
+            beside=lambda n: beside(work.goal, list(examples.at(work.order.chosen(n))), tokens, device, count),
             steps=self.steps,
             rate=lambda n: factor(n, self.steps, str(stage.schedule), stage.warmup_ratio or 0.0),
             optimizers=self.optimizers,
             max_grad_norm=float(stage.max_grad_norm or 1.0),
             not_finite=self.guard.not_finite,
-            fitted=lambda forests: fitted(forests, self.passes, model.device),
+            fitted=lambda forests: fitted(forests, self.passes, device),
             no_room=self._no_room,
             others=self.run.others,
         )

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from trivium.data.loader import Batching, RunOrder, apportioned, pack, pack_shared, permutation
 from trivium.errors import DataError
 from trivium.forest import Example, TokenSequence, lay_out
+from trivium.train.processes import dealt
 
 SIZES = st.lists(st.integers(0, 50), min_size=1, max_size=40)
 
@@ -234,3 +235,19 @@ def test_what_is_packed_is_read_a_block_at_a_time(monkeypatch):
     assert len(next(passes).examples) == 4
     assert read == [0, 1, 2, 3]
     assert sum(len(forest.examples) for forest in passes) == 6
+
+
+@given(st.lists(st.integers(2, 60), min_size=1, max_size=12), st.integers(1, 5), st.integers(20, 300))
+@settings(max_examples=60, deadline=None)
+def test_no_process_is_idle_where_a_step_has_a_row_for_each(lengths, processes, tokens):
+    """However few passes would hold the step."""
+    from trivium.stage_data import packed
+
+    made = rows_of(*(range(100 * n, 100 * n + length) for n, length in enumerate(lengths)))
+    forests = list(packed(made, tokens, "cpu", processes))
+    assert sorted(id(e) for f in forests for e in f.examples) == sorted(map(id, made))
+    assert all(len(f.examples) == 1 or len(f.tokens) <= tokens for f in forests)
+    work = [len(f.tokens) for f in forests]
+    hands = [sum(work[n] for n in hand) for hand in dealt(work, processes)]
+    assert sum(hand > 0 for hand in hands) == min(processes, len(made))
+    assert max(hands) - min(hands) <= (max(row.tokens for row in made) if len(work) <= processes else max(work))
