@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trivium.data.store import Examples
-from trivium.errors import ModelError
+from trivium.errors import DataError, ModelError
 from trivium.evaluate.held_out import evaluate
 from trivium.forest import Example, lay_out
 from trivium.model.language_model import LanguageModel
@@ -30,6 +30,25 @@ def probe(examples: Examples) -> list[Example]:
 
 def shortest(examples: Examples, count: int) -> list[Example]:
     return list(examples.at(np.argsort(examples.sizes, kind="stable")[:count]))
+
+
+def check_readable(model: LanguageModel, examples: Examples) -> None:
+    """Raises DataError for a row with a token that the tokenizer has, and the model no embedding for.
+
+    Tokens are looked at only where there is such a token.
+    """
+    there = len(model.hf.get_input_embeddings().weight)
+    added = max(getattr(model.tokenizer, "added_tokens_decoder", {0: ""}), default=0)
+    if max(len(model.tokenizer) - 1, added) < there:
+        return
+    for numbers, tokens, _, lengths in examples.flat():
+        if len(beyond := np.flatnonzero(tokens >= there)):
+            number = int(np.searchsorted(np.cumsum(lengths), beyond[0], "right"))
+            try:
+                model.check_ids(tokens[beyond[:1]])
+            except ModelError as error:
+                origin = examples.store.example(int(numbers[number])).origin
+                raise DataError(f"{origin}: {error.what}", error.remedy) from None
 
 
 def prove_start(

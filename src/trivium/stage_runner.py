@@ -27,7 +27,7 @@ from trivium.peft.targets import decoder_layers
 from trivium.recipe import Stage
 from trivium.stage_data import run_order, stage_examples
 from trivium.stage_memory import arranged, check_fits
-from trivium.stage_proof import probe, prove_start
+from trivium.stage_proof import check_readable, probe, prove_start
 from trivium.stage_reference import elsewhere, reference_of
 from trivium.stage_together import plan_of, proven_by_first
 from trivium.stage_training import Training
@@ -86,6 +86,8 @@ def prepared(run: StageRun) -> Work:
     run.others.alike(model.hf)
     order = run_order(stage, data)
     used = data.examples.at(order.used())
+    for examples in (used, held_out):
+        check_readable(model, examples)
     weights = [run.weights, asdict(settings), stage.seed] if run.weights else None
     proof, before = proven_by_first(run.others, model, probe(used), weights)
     say(f"  {proof.line()}" + ("; proved before" if before else ""))

@@ -237,6 +237,26 @@ def test_rows_set_aside_are_told_and_written_down(walk, tmp_path, trivium, write
     assert (record["rows"]["read"], record["rows"]["used"], record["rows"]["set_aside"]) == (12, 10, 2)
 
 
+def test_a_token_that_the_model_has_no_embedding_for(walk, tmp_path, trivium, write_recipe):
+    """A tokenizer of more tokens than the model reads is taken, and a text with such a token refused where it is."""
+    from transformers import AutoTokenizer
+
+    folder = Path(shutil.copytree(walk.folder / "base", tmp_path / "given"))
+    (folder / "trivium.json").unlink()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["<beyond>"])
+    tokenizer.save_pretrained(folder)
+    says = ["'<beyond>'", f"number {len(tokenizer) - 1}", f"embeddings of {len(tokenizer) - 1}", "came with"]
+    check(trivium("generate", folder, "red <beyond>", "--raw"), *says)
+    assert trivium("generate", folder, "red cat", "--raw", "--max-new-tokens", "1").code == 0
+    rows = tmp_path / "rows.jsonl"
+    recipe = write_recipe(tmp_path, [{**STAGE, "data": "rows.jsonl", "max_steps": 6}], model=str(folder))
+    rows.write_text(GOOD + '{"prompt": "x <beyond>", "completion": "cat"}\n', encoding="utf-8")
+    check(trivium("run", recipe, "--out", tmp_path / "out"), "rows.jsonl:11", *says)
+    rows.write_text(GOOD, encoding="utf-8")
+    assert trivium("run", recipe, "--out", tmp_path / "out").code == 0
+
+
 # --- prompts
 
 

@@ -60,6 +60,7 @@ def per_entry(model: LanguageModel, examples: Sequence[Example], proven: Proven 
     """
     if not examples:
         return []
+    model.check_ids([max(s.tokens, default=0) for example in examples for s in example.sequences])
     sizes = [example.tokens for example in examples]
     ranked = sorted(range(len(examples)), key=lambda n: sizes[n])
     proven = proven or Proven()

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trivium.errors import ModelError
 from trivium.forest import Forest
 from trivium.model import attention
 from trivium.model.fast import Paths
@@ -131,6 +132,16 @@ class LanguageModel:
         self._paths.install() if name == attention.NAME else self._paths.remove()
         if self.adapters is not None:
             self.adapters.together(self.hf, name == attention.NAME)
+
+    def check_ids(self, ids: Any) -> None:
+        """Raises ModelError for a token that the tokenizer has, and the model no embedding for."""
+        there, highest = len(self.hf.get_input_embeddings().weight), int(max(ids))
+        if highest >= there:
+            token = self.tokenizer.convert_ids_to_tokens(highest)
+            raise ModelError(
+                f"the tokenizer has the token {token!r} as number {highest}, the model embeddings of {there}",
+                "use the tokenizer that the model came with, or a model that was resized for this one",
+            )
 
     def parameters(self) -> int:
         """Parameters in all, tied ones counted once."""
