@@ -135,7 +135,7 @@ class LanguageModel:
 
     def check_ids(self, ids: Any) -> None:
         """Raises ModelError for a token that the tokenizer has, and the model no embedding for."""
-        there, highest = len(self.hf.get_input_embeddings().weight), int(max(ids))
+        there, highest = len(self.hf.get_input_embeddings().weight), int(max(ids, default=0))
         if highest >= there:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise ModelError(
