@@ -4,9 +4,10 @@ Shapes:  K entries,  D width,  V vocabulary,  C entries in a chunk.
 
 A log-probability is one number per entry, so its gradient with respect to the hidden state is one vector per entry,
 d logprob / d h = (onehot(target) - softmax(logits)) W, known in the forward pass. With a frozen head it is stored
-([K, D], small) and the backward pass costs nothing; with a trained head the logits of each chunk are computed again.
+([K, D], small) and the backward pass costs nothing; with a trained head the logits of each chunk are computed again,
+where there are several.
 
-Cost: 2 V D K multiply-adds per product; two products with a frozen head, four with a trained one.
+Cost: 2 V D K multiply-adds per product; two products with a frozen head, four with a trained one (three in one chunk).
 """
 
 from __future__ import annotations
@@ -120,14 +121,19 @@ class _LogProb(torch.autograd.Function):
     ) -> Tensor:
         ctx.scale, ctx.cap = scale, cap
         trains_head = ctx.needs_input_grad[1] or ctx.needs_input_grad[2]
+        chunks = _chunks(len(target), len(weight))
+        keeps_miss = trains_head and len(chunks) == 1  # one chunk is kept as it is, and not computed again
         keep = torch.empty_like(hidden) if ctx.needs_input_grad[0] and not trains_head else None
         logprob = torch.empty(len(target), dtype=torch.float32, device=hidden.device)
         used, used_bias = weight.to(hidden.dtype), None if bias is None else bias.to(hidden.dtype)
-        for at in _chunks(len(target), len(weight)):
+        ctx.miss = None  # gone as soon as the backward pass begins, and so no part of what a layer is said to keep
+        for at in chunks:
             logits = _logits(hidden[at], used, used_bias, scale, cap)
-            logprob[at], miss = _miss(logits, target[at], cap if keep is not None else None)
+            logprob[at], miss = _miss(logits, target[at], cap if keep is not None or keeps_miss else None)
             if keep is not None:
                 keep[at] = (miss.to(hidden.dtype) @ used).mul_(-scale)
+            elif keeps_miss:
+                ctx.miss = miss
         ctx.save_for_backward(keep if keep is not None else hidden, weight, bias, target)
         return logprob
 
@@ -142,8 +148,9 @@ class _LogProb(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if need_weight else None
         grad_bias = torch.zeros_like(bias, dtype=torch.float32) if bias is not None and need_bias else None
         for at in _chunks(len(target), len(weight)):
-            logits = _logits(hidden[at], used, used_bias, ctx.scale, ctx.cap)
-            _, miss = _miss(logits, target[at], ctx.cap)
+            miss, ctx.miss = ctx.miss, None
+            if miss is None:
+                _, miss = _miss(_logits(hidden[at], used, used_bias, ctx.scale, ctx.cap), target[at], ctx.cap)
             outer = grad[at, None] * -ctx.scale
             if grad_bias is not None:
                 grad_bias.addmv_(miss.t(), outer[:, 0])

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from trivium.errors import RecipeError, UserError
 
 if TYPE_CHECKING:
+    import numpy as np
     from torch import Tensor, nn
 
     from trivium.forest import Forest
@@ -148,7 +149,7 @@ def together() -> Iterator[None]:
     joined.leave(code)
 
 
-def dealt(sizes: Sequence[int], count: int) -> list[list[int]]:
+def dealt(sizes: Sequence[int] | np.ndarray, count: int) -> list[list[int]]:
     """Numbers of ``sizes`` dealt out to ``count`` processes, the largest first, each to whom has least so far."""
     hands: list[list[int]] = [[] for _ in range(count)]
     held = [0] * count
