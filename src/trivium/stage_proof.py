@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from trivium.data.store import Examples
-from trivium.errors import DataError, ModelError
+from trivium.errors import ModelError
 from trivium.evaluate.held_out import evaluate
 from trivium.forest import Example, lay_out
 from trivium.model.language_model import LanguageModel
@@ -33,7 +33,7 @@ def shortest(examples: Examples, count: int) -> list[Example]:
 
 
 def check_readable(model: LanguageModel, examples: Examples) -> None:
-    """Raises DataError for a row with a token that the tokenizer has, and the model no embedding for.
+    """Raises ModelError for a row with a token that the tokenizer has, and the model no embedding for.
 
     Tokens are looked at only where there is such a token.
     """
@@ -44,11 +44,8 @@ def check_readable(model: LanguageModel, examples: Examples) -> None:
     for numbers, tokens, _, lengths in examples.flat():
         if len(beyond := np.flatnonzero(tokens >= there)):
             number = int(np.searchsorted(np.cumsum(lengths), beyond[0], "right"))
-            try:
-                model.check_ids(tokens[beyond[:1]])
-            except ModelError as error:
-                origin = examples.store.example(int(numbers[number])).origin
-                raise DataError(f"{origin}: {error.what}", error.remedy) from None
+            origin = examples.store.example(int(numbers[number])).origin
+            model.check_ids(tokens[beyond[:1]], where=f"{origin}: ")
 
 
 def prove_start(

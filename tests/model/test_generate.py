@@ -175,6 +175,9 @@ def spoken(text: bytes, stop: int = 0) -> LanguageModel:
         def parameters(self):
             return iter([torch.zeros(1)])
 
+        def get_input_embeddings(self):
+            return torch.nn.Embedding(300, 1)
+
         def __call__(self, **kwargs: object) -> SimpleNamespace:
             return forward(**kwargs)
 

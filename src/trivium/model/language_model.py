@@ -133,13 +133,16 @@ class LanguageModel:
         if self.adapters is not None:
             self.adapters.together(self.hf, name == attention.NAME)
 
-    def check_ids(self, ids: Any) -> None:
-        """Raises ModelError for a token that the tokenizer has, and the model no embedding for."""
+    def check_ids(self, ids: Any, where: str = "") -> None:
+        """Raises ModelError for a token that the tokenizer has, and the model no embedding for.
+
+        ``where`` begins the message: the row that has it.
+        """
         there, highest = len(self.hf.get_input_embeddings().weight), int(max(ids, default=0))
         if highest >= there:
             token = self.tokenizer.convert_ids_to_tokens(highest)
             raise ModelError(
-                f"the tokenizer has the token {token!r} as number {highest}, the model embeddings of {there}",
+                f"{where}the tokenizer has the token {token!r} as number {highest}, the model embeddings of {there}",
                 "use the tokenizer that the model came with, or a model that was resized for this one",
             )
 

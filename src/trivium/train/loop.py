@@ -157,7 +157,13 @@ def _fault(loss: float, norm: float) -> str:
 
 
 def _rows(forests: list[Forest]) -> list[str]:
-    return [e.origin for f in forests for e in f.examples]
+    """In the order of their files, however they are packed and dealt out."""
+
+    def place(origin: str) -> tuple[str, int]:
+        file, _, line = origin.rpartition(":")
+        return file, int(line) if line.isdecimal() else 0
+
+    return sorted((e.origin for f in forests for e in f.examples), key=place)
 
 
 def some(rows: list[str], most: int = 4) -> str:
