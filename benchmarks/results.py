@@ -13,10 +13,9 @@ from environments import ROOT
 from jobs import SETTINGS, Job
 from rows import Prepared
 
-# The largest share by which a loss may differ from trivium's in any step. QLoRA's base is rounded by two libraries'
-# code, and AdapterHub draws other first weights; LitGPT averages over passes and clips nothing.
+# The largest share by which a loss may differ from trivium's in any step; the table tells what differs more. QLoRA's
+# base is rounded by two libraries' code, and AdapterHub draws other first weights.
 TOLERANCE = {"lora": 0.02, "qlora": 0.05, "full": 0.02, "bottleneck": 0.05}
-OTHERWISE = {"litgpt": 0.25}
 OTHER_ORDER = 0.15  # where other rows meet in a step: of the means of all steps
 SPREAD = ("seconds", "process_seconds", "first_step_seconds", "peak_bytes")
 
@@ -66,7 +65,7 @@ def tool_of(job: Job, one: Entrant, kept: Found, losses: list[float]) -> dict[st
         told[name] = {"median": statistics.median(values), "least": min(values), "most": max(values)}
     setting = None if ours else SETTINGS[one.how]
     other_order = setting is not None and setting.grouped
-    tolerance = OTHER_ORDER if other_order else OTHERWISE.get(one.tool, TOLERANCE[job.trained])
+    tolerance = OTHER_ORDER if other_order else TOLERANCE[job.trained]
     first = next(iter(job.ours.values()))["method"]
     apart_by = apart(losses, kept.runs[0]["losses"], other_order)
     return {

@@ -33,7 +33,7 @@ def rows_of(told: dict[str, Any]) -> list[str]:
         share = f"{told['limit']['seconds'] / seconds['median']:.0%}" if limited(told) and same else "-"
         loss = f"{tool['losses'][0]:.4f} → {tool['losses'][-1]:.4f}"
         loss += " (other order)" if tool.get("other_order") else ""
-        if same and not tool.get("other_order") and tool["loss_difference"] > told["tolerance"]:
+        if same and not tool["agrees"]:
             loss += f" (differs by {tool['loss_difference']:.1%})"
         against = "-"
         if tool["ours"] and best is not None and least is not None:

@@ -134,13 +134,13 @@ def told(**more: Any) -> dict[str, Any]:
 def test_a_peer_that_failed_is_a_row_with_its_reason() -> None:
     tools = [
         told(tool="trivium"),
-        told(tool="trl", setting="single", ours=False, agrees=True, loss_difference=0.1),
+        told(tool="trl", setting="single", ours=False, agrees=False, loss_difference=0.1),
         {"tool": "litgpt", "setting": "single", "ours": False, "error": "cannot be installed"},
     ]
     job = {
         "job": "sft-lora", "aim": "≥ 2×", "shown": "seconds", "processor": "P", "threads": 2, "date": "2026-01-01",
         "model": "m", "steps": 2, "rows_in_step": 4, "tokens": 9, "tools": tools,
-        "limit": {"seconds": 1.0, "gflop": 5.0, "gflops": 5.0}, "tolerance": 0.02,
+        "limit": {"seconds": 1.0, "gflop": 5.0, "gflops": 5.0},
     }  # fmt: skip
     text = table.markdown([job])
     assert "| sft-lora | trivium | 2.0 (1.5–2.5) | 50% |" in text

@@ -38,14 +38,13 @@ def check_readable(model: LanguageModel, examples: Examples) -> None:
     Tokens are looked at only where there is such a token.
     """
     there = len(model.hf.get_input_embeddings().weight)
-    added = max(getattr(model.tokenizer, "added_tokens_decoder", {0: ""}), default=0)
-    if max(len(model.tokenizer) - 1, added) < there:
+    if max(model.tokenizer.get_vocab().values(), default=0) < there:
         return
     for numbers, tokens, _, lengths in examples.flat():
         if len(beyond := np.flatnonzero(tokens >= there)):
             number = int(np.searchsorted(np.cumsum(lengths), beyond[0], "right"))
             origin = examples.store.example(int(numbers[number])).origin
-            model.check_ids(tokens[beyond[:1]], where=f"{origin}: ")
+            model.check_tokens(tokens[beyond[:1]], where=f"{origin}: ")
 
 
 def prove_start(

@@ -257,6 +257,20 @@ def test_a_token_that_the_model_has_no_embedding_for(walk, tmp_path, trivium, wr
     assert trivium("run", recipe, "--out", tmp_path / "out").code == 0
 
 
+def test_a_word_of_the_vocabulary_that_the_model_has_no_embedding_for(walk, tmp_path, trivium, write_recipe):
+    """The vocabulary has no more words than the model reads, and one of them a number beyond."""
+    folder = Path(shutil.copytree(walk.folder / "base", tmp_path / "given"))
+    (folder / "trivium.json").unlink()
+    whole = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    whole["model"]["vocab"]["c"] = 500
+    whole["model"]["merges"] = []  # so that "cat" is read by its letters
+    (folder / "tokenizer.json").write_text(json.dumps(whole), encoding="utf-8")
+    check(trivium("generate", folder, "cat", "--raw"), "'c' as number 500")
+    (tmp_path / "rows.jsonl").write_text(GOOD, encoding="utf-8")
+    recipe = write_recipe(tmp_path, [{**STAGE, "data": "rows.jsonl"}], model=str(folder))
+    check(trivium("run", recipe, "--out", tmp_path / "out"), "rows.jsonl:", "'c' as number 500")
+
+
 # --- prompts
 
 

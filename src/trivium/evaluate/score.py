@@ -60,7 +60,7 @@ def per_entry(model: LanguageModel, examples: Sequence[Example], proven: Proven 
     """
     if not examples:
         return []
-    model.check_ids([int(s.tokens.max()) for e in examples for s in e.sequences if len(s.tokens)])
+    model.check_tokens([int(s.tokens.max()) for e in examples for s in e.sequences if len(s.tokens)])
     sizes = [example.tokens for example in examples]
     ranked = sorted(range(len(examples)), key=lambda n: sizes[n])
     proven = proven or Proven()

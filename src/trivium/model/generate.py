@@ -142,7 +142,7 @@ def _check(model: LanguageModel, ids: list[int]) -> None:
         raise ModelError(
             f"the prompt has {len(ids)} tokens, the model's context is {model.context}", "shorten the prompt"
         )
-    model.check_ids(ids)
+    model.check_tokens(ids)
 
 
 def _read(model: LanguageModel, rows: list[Row]) -> tuple[Tensor, Tensor, Any]:

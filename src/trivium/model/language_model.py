@@ -133,7 +133,7 @@ class LanguageModel:
         if self.adapters is not None:
             self.adapters.together(self.hf, name == attention.NAME)
 
-    def check_ids(self, ids: Any, where: str = "") -> None:
+    def check_tokens(self, ids: Any, where: str = "") -> None:
         """Raises ModelError for a token that the tokenizer has, and the model no embedding for.
 
         ``where`` begins the message: the row that has it.
